@@ -1,0 +1,495 @@
+"""Weight files to flat dicts of tensors, and back: torch's .ckpt, .pt, .pth, .bin and .safetensors.
+
+Nothing here knows Stable Diffusion, and **no code in a file ever runs**. torch.save writes a zip of
+uncompressed members: `<root>/data.pkl`, a pickle that describes the tensors, and `<root>/data/<key>`, their
+bytes. That pickle never reaches `pickle`: `_unpickle` walks its opcodes as `pickletools.genops` spells them
+and builds dicts, lists, strings and numbers. It has no means to import or to call anything, so there is no
+switch for it, and an opcode or a name that is not listed below is refused. (A `pickle.Unpickler` with a
+strict `find_class` would not do: BUILD sets attributes on stand-ins, one LONG_BINPUT asks for 64 GiB of memo,
+and a deeply nested tuple as a dict key overflows the C stack.)
+
+Formats: torch/serialization.py, torch/_utils.py (`_rebuild_tensor_v2`), Lib/pickletools.py, and
+https://github.com/huggingface/safetensors#format
+"""
+
+import io
+import json
+import mmap
+import os
+import pickletools
+import secrets
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# SD v1 files have 0.2 MB of pickle and 0.1 MB of zip directory. The first bounds what _unpickle may cost.
+MAX_PICKLE, MAX_INDEX = 8 << 20, 16 << 20  # bytes
+
+# All the names that a pickle may mention, as pickletools spells them ("module name"), and what _call makes of
+# them. The objects that really have these names are never touched. These are the ones found in SD v1 files.
+_GLOBALS: dict[str, Any] = {
+    "collections OrderedDict": "dict",
+    "torch._utils _rebuild_tensor_v2": "tensor",
+    "torch._utils _rebuild_parameter": "parameter",
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch FloatStorage": torch.float32,
+    "torch DoubleStorage": torch.float64,
+    "torch IntStorage": torch.int32,
+    "torch LongStorage": torch.int64,
+    "pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint": "inert",
+    "numpy.core.multiarray scalar": "inert",
+    "numpy._core.multiarray scalar": "inert",
+    "numpy dtype": "inert",
+    "_codecs encode": "inert",
+}
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+_LITERALS |= {"BINBYTES", "SHORT_BINBYTES"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+# opcodes that take so many values off the stack, None: all above the last MARK
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
+_TAKES |= {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+_DTYPES |= {torch.uint8: "U8", torch.bool: "BOOL"}
+
+# what malformed bytes make of zipfile, genops, torch and the code here
+_MALFORMED: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+_MALFORMED += (ArithmeticError, AssertionError, OSError, EOFError)
+_MALFORMED += (struct.error, zipfile.BadZipFile)
+_AGAIN, _NAME_ONE = "download it again", "give the path of a .ckpt or .safetensors file"
+_AS_SAFE, _ALONE = "get the weights as .safetensors", "save the model's state_dict() alone"
+
+
+class CheckpointError(ValueError):
+    """A weight file that is missing, is not one, is damaged, asks for code, or cannot be written.
+
+    The message is one sentence: which file, what is wrong with it, and what to do.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What `read` found in a file.
+
+    `tensors` is flat, on the CPU and memory-mapped: a tensor's bytes come from the disk when they are first
+    used. The map is private: writing into a tensor changes this process's copy of the page, never the file.
+    `metadata` holds a safetensors header's `__metadata__` (strings), or the numbers and strings beside a
+    .ckpt's tensors (`epoch`, `global_step`, `pytorch-lightning_version`).
+    """
+
+    path: Path
+    format: str  # "ckpt" or "safetensors"
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, Any]
+
+
+class _Fault(Exception):  # noqa: N818
+    """What is wrong with a file, and what to do: the rest of a sentence that begins with its path."""
+
+    def __init__(self, what: str, remedy: str = _AGAIN) -> None:
+        super().__init__(f"{what}; {remedy}")
+
+
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+class _Tensor(NamedTuple):  # as the pickle puts it, unchecked: _Archive.tensor does that
+    storage: _Storage
+    offset: Any
+    size: tuple[Any, ...]
+    stride: tuple[Any, ...]
+
+
+class _Global(NamedTuple):
+    name: str
+
+
+class _Inert:
+    """Stands for an object that is no tensor: it knows nothing and does nothing."""
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a weight file in milliseconds, whatever its size. Its content, not its suffix, says what it is.
+
+    A .ckpt, .pt, .pth or .bin holds a dict with the tensors under `state_dict`, or the tensors themselves;
+    values that are no tensors are left out. Raises CheckpointError for all that can be wrong with the file.
+    While its tensors are in use the file may be replaced or deleted, but not shortened in place.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as file:
+            form = _recognise(path, file.read(512))
+            size = os.fstat(file.fileno()).st_size
+            tensors, metadata = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
+        if not tensors:
+            raise _Fault("holds no tensors", "give a file that holds weights")
+    except _Fault as fault:
+        raise CheckpointError(f"{path} {fault}.") from fault.__cause__
+    return Checkpoint(path, form, tensors, metadata)
+
+
+class _File(io.FileIO):
+    def read(self, n: int | None = -1) -> bytes:  # zipfile reads as long a directory as the file tells it to
+        if n is not None and n > MAX_INDEX:
+            raise zipfile.BadZipFile(f"its directory has {n} bytes")
+        return super().read(n) or b""
+
+
+def _open(path: Path) -> _File:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            return _File(path)
+    except FileNotFoundError:
+        raise _Fault("does not exist", _NAME_ONE) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _Fault(f"cannot be opened ({_one_line(error)})", _NAME_ONE) from error
+    raise _Fault(f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}", _NAME_ONE)
+
+
+def _recognise(path: Path, head: bytes) -> str:
+    """The kind, "ckpt" or "safetensors", by the first bytes; well-known other things are named."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"PK\x03\x04"):
+        return "ckpt"
+    if head[7:9] == b"\0{":  # before all else: the eight bytes of length may look like anything
+        return "safetensors"
+    if not head:
+        raise _Fault("is empty")
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
+        raise _Fault("is a web page, not weights", "log in, accept the licence, download the file itself")
+    if text.startswith(b"version https://git-lfs"):
+        raise _Fault("is a Git LFS pointer, not the weights", "run `git lfs pull` in its repository")
+    if head.startswith(b"\x80") and b"l\xfc\x9cF\xf9 j\xa8P\x19." in head[:16]:  # torch's MAGIC_NUMBER
+        raise _Fault("is in the form of torch before 1.6", "where you trust it, save it with a newer torch")
+    if head.startswith(b"\x80"):
+        raise _Fault("is a bare pickle, not torch.save's zip, and nothing in it was run", _AS_SAFE)
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
+        raise _Fault("is a compressed archive", "unpack it and give the weight file inside")
+    if path.suffix == ".safetensors":  # the library says what is wrong with it
+        return "safetensors"
+    raise _Fault(f"is neither torch's zip nor safetensors (it begins with {head[:16]!r})", _NAME_ONE)
+
+
+def _map(file: _File) -> mmap.mmap:
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private, so writable but never the file
+    except (OSError, ValueError) as error:
+        raise _Fault(
+            f"cannot be memory-mapped ({_one_line(error)})", "free memory or copy it elsewhere"
+        ) from error
+
+
+def _flat(mapped: mmap.mmap, dtype: torch.dtype, start: int, numel: int) -> torch.Tensor:
+    """Numbers in the map as a flat tensor that keeps the map alive; no page is touched."""
+    if numel == 0:  # frombuffer wants at least one
+        return torch.empty(0, dtype=dtype)
+    if start % dtype.itemsize == 0:
+        return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start)
+    # Kernels may count on alignment. torch.save and save_file align, other writers may not: copied.
+    return torch.frombuffer(bytearray(mapped[start : start + numel * dtype.itemsize]), dtype=dtype)
+
+
+def _sane(*numbers: Any) -> bool:
+    """Whether these are integers that a file can need, few and far from where int64 overflows."""
+    return len(numbers) <= 20 and all(type(n) is int and 0 <= n < 1 << 40 for n in numbers)
+
+
+# ---- safetensors
+
+
+def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Not by the official library: its get_tensor faults in a page of every tensor, and with it the disk's
+    read-ahead: the whole file if that is large. Its rules are kept: no byte is left out or used twice.
+    """
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        if length > MAX_INDEX:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(file.read(length).decode()) if 8 + length <= size else {}
+        metadata = header.pop("__metadata__", {})
+        "".join([*header, *metadata, *metadata.values()]).encode()  # all text, and valid
+        end = 8 + length + max([entry["data_offsets"][1] for entry in header.values()], default=0)
+        if end != size:
+            cut = "cut short" if end > size else "damaged"
+            raise _Fault(f"is {cut} (its header promises {end} bytes, it has {size})")
+        mapped, tensors, end = _map(file), {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, kind, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
+            if kind not in _DTYPES.values():
+                raise _Fault(
+                    f"holds {_quote(name)} of type {_quote(kind)}", "give weights in float16 or float32"
+                )
+            dtype = next(dtype for dtype in _DTYPES if _DTYPES[dtype] == kind)
+            if not isinstance(shape, list) or not _sane(start, stop, *shape):
+                raise ValueError(f"{_quote(name)} has no size")
+            if (start, stop) != (end, end + prod(shape) * dtype.itemsize):
+                raise ValueError(f"{_quote(name)} does not fit its place")
+            tensors[name], end = _flat(mapped, dtype, 8 + length + start, prod(shape)).view(shape), stop
+    except _MALFORMED as error:
+        raise _Fault(f"is no sound safetensors file ({_one_line(error)})") from error
+    return tensors, metadata
+
+
+# ---- torch's zip
+
+
+def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        archive = _Archive(file, size)
+        found = _unpickle(archive.pickle())
+        state = found.get("state_dict", found) if isinstance(found, dict) else None
+        if not isinstance(state, dict):
+            raise _Fault("holds no dict of tensors", _ALONE)
+        described = {name: value for name, value in state.items() if isinstance(value, _Tensor)}
+        if state and not described:
+            raise _Fault(f"holds no tensors but {', '.join(_quote(key) for key in list(state)[:4])}", _ALONE)
+        tensors = {name: archive.tensor(name, value) for name, value in described.items()}
+    except _MALFORMED as error:
+        raise _Fault(f"is damaged ({_one_line(error)})") from error
+    return tensors, {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+
+
+class _Archive:
+    """torch.save's zip under one private memory map. Nothing is ever decompressed."""
+
+    def __init__(self, file: _File, size: int) -> None:
+        self.file, self.size = file, size
+        self.storages: dict[_Storage, torch.Tensor] = {}
+        try:
+            with zipfile.ZipFile(file) as opened:
+                entries = opened.infolist()
+        except zipfile.BadZipFile as error:
+            if "not a zip" not in str(error):
+                raise
+            raise _Fault(f"is cut short (torch.save's zip, without its end after {size} bytes)") from error
+        self.entries = {entry.filename: entry for entry in entries}
+        pickles = [name for name in self.entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if not pickles:
+            raise _Fault("is a zip, but not torch.save's", "unpack it and give the weight file inside")
+        if len(pickles) > 1 or len(self.entries) < len(entries):
+            raise _Fault("is damaged (its zip has a member twice)")
+        self.root = pickles[0].removesuffix("data.pkl")  # often, but not always, "archive/"
+        self.map = _map(file)
+        if f"{self.root}byteorder" in self.entries:
+            start, length = self.span("byteorder")
+            order = self.map[start : start + min(length, 8)]
+            if order != sys.byteorder.encode():
+                raise _Fault(f"has byte order {order!r}, this machine {sys.byteorder!r}", _AS_SAFE)
+
+    def pickle(self) -> bytes:
+        start, length = self.span("data.pkl")
+        if length > MAX_PICKLE:
+            raise _Fault(f"has {length} bytes of pickle, more than {MAX_PICKLE}", _ALONE)
+        return self.map[start : start + length]
+
+    def span(self, member: str) -> tuple[int, int]:
+        """Where a member's bytes lie: (start, length)."""
+        entry = self.entries[self.root + member]
+        if entry.compress_type or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+            raise _Fault("is a compressed zip, unlike torch.save's", "pack it again without compression")
+        name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        # read(), not the map: a page fault here would read 128 KiB ahead, a thousand times over
+        self.file.seek(entry.header_offset)
+        header = self.file.read(30 + len(name))
+        signature, name_length, extra_length = struct.unpack_from("<4s22xHH", header)
+        start = entry.header_offset + 30 + name_length + extra_length
+        if (signature, name_length, header[30:]) != (b"PK\x03\x04", len(name), name):
+            raise _Fault(f"is damaged ({_quote(member)} is not where its zip says)")
+        if start + entry.file_size > self.size:
+            raise _Fault(f"is damaged ({_quote(member)} ends behind the file)")
+        return start, entry.file_size
+
+    def storage(self, wanted: _Storage) -> torch.Tensor:
+        """A storage as a flat tensor over the map; one and the same for all tensors that share it."""
+        if wanted not in self.storages:
+            dtype, key, numel = wanted
+            start, length = self.span(f"data/{key}")
+            if not 0 <= numel <= length // dtype.itemsize:
+                raise _Fault(f"is damaged (storage {_quote(key)} has only {length} bytes)")
+            self.storages[wanted] = _flat(self.map, dtype, start, numel)
+        return self.storages[wanted]
+
+    def tensor(self, name: str, described: _Tensor) -> torch.Tensor:
+        """torch._utils._rebuild_tensor_v2, with every number checked before torch sees it."""
+        storage, offset, size, stride = described
+        flat = self.storage(storage)
+        if len(size) == len(stride) and _sane(offset, *size, *stride):
+            steps = [(n - 1) * step for n, step in zip(size, stride, strict=True)]
+            inside = offset + (0 if 0 in size else 1 + sum(steps)) <= flat.numel()
+            # nor more elements than the storage has: stride 0 would make terabytes out of one number
+            if inside and prod(size) <= flat.numel():
+                return torch.as_strided(flat, size, stride, offset)
+        raise _Fault(f"is damaged or forged ({_quote(name)} does not fit into its storage)")
+
+
+# ---- the pickle in it, without pickle
+
+
+def _unpickle(data: bytes) -> Any:
+    """Walk a pickle's opcodes (protocols 2 to 5) into plain data; pickletools.opcodes explains each.
+
+    No recursion, and no size is taken on trust: genops reads what there is, the memo is a dict, and dict keys
+    are strings, whose hash is cheap and cannot be aimed at collisions.
+    """
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under each MARK
+    memo: dict[Any, Any] = {}
+    for opcode, arg, _ in pickletools.genops(data):
+        op = opcode.name
+        if op in _LITERALS:
+            stack.append(arg)
+        elif op in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if op == "MEMOIZE" else arg] = stack[-1]
+        elif op in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif op == "MARK":
+            below.append(stack)
+            stack = []
+        elif op in _TAKES:
+            count = _TAKES[op]
+            if count is None:
+                items, stack = stack, below.pop()
+            else:
+                items = [stack.pop() for _ in range(count)][::-1]
+            if op.startswith("TUPLE"):
+                stack.append(tuple(items))
+            else:
+                _extend(stack[-1], items, dict if op.startswith("SETITEM") else list)
+        elif op in _EMPTY:
+            stack.append(_EMPTY[op]())
+        elif op in _CONSTANTS:
+            stack.append(_CONSTANTS[op])
+        elif op in ("GLOBAL", "STACK_GLOBAL", "INST"):
+            name = " ".join((stack.pop(-2), stack.pop())) if op == "STACK_GLOBAL" else arg
+            if name not in _GLOBALS or op == "INST":
+                name = _quote(str(name).replace(" ", "."))
+                raise _Fault(f"asks to run {name}: refused, and nothing was run", _AS_SAFE)
+            stack.append(_Global(name))
+        elif op in ("REDUCE", "NEWOBJ"):
+            args, function = stack.pop(), stack.pop()
+            stack.append(_call(function, args))
+        elif op == "BUILD":  # an object's attributes: nothing that is built here has a use for them
+            stack.pop()
+        elif op == "BINPERSID":
+            stack.append(_persistent(stack.pop()))
+        elif op == "STOP":
+            break
+        elif op not in ("PROTO", "FRAME"):  # all of the data is at hand, so frames do not matter
+            raise _Fault(f"has the pickle instruction {op}: refused, and nothing was run", _AS_SAFE)
+    return stack.pop()
+
+
+def _extend(target: Any, items: list[Any], kind: type) -> None:
+    if not isinstance(target, kind | _Inert):
+        raise ValueError(f"items for a {kind.__name__} where there is none")
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, dict):  # a key that is no string (a Lightning class, an index) names no tensor
+        target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
+
+
+def _call(function: Any, args: Any) -> Any:
+    """What a call in the pickle stands for: a tensor's description, an empty dict, or nothing at all."""
+    meaning = _GLOBALS[function.name]
+    if meaning == "inert":
+        return _Inert()
+    if meaning == "dict" and args == ():
+        return {}
+    if meaning == "tensor" and isinstance(args[0], _Storage):
+        return _Tensor(args[0], args[1], tuple(args[2]), tuple(args[3]))
+    if meaning == "parameter" and isinstance(args[0], _Tensor):
+        return args[0]
+    raise ValueError("a call that torch.save does not write")
+
+
+def _persistent(pid: Any) -> _Storage:
+    """torch's persistent ids: ('storage', type, key, device, number of elements); the device is ignored."""
+    word, kind, key, _, numel = pid
+    dtype = _GLOBALS[kind.name]
+    if (word, type(key), type(numel)) != ("storage", str, int) or not isinstance(dtype, torch.dtype):
+        raise ValueError("a persistent id that is no storage")
+    return _Storage(dtype, key, numel)
+
+
+def _quote(text: str) -> str:  # repr: a file's own words bring no control characters to a terminal
+    return repr(text if len(text) <= 120 else text[:117] + "...")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ---- writing
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a .safetensors file tensor by tensor, whole or not at all; floating tensors as `dtype` if given.
+
+    One tensor at a time is converted, made contiguous and fetched from its device (the library's save_file
+    wants them all ready, and before 0.8 copies them all). The same tensors give the same bytes: wide types
+    first, so that all are aligned, then by name. An existing file is replaced in one step once the new one is
+    on the disk; after a failure, Ctrl-C too, nothing of the new one stays. Old readers want {"format": "pt"}
+    in the metadata. Raises CheckpointError.
+    """
+    path = Path(path)
+    types = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        head = _header({name: (types[name], tuple(tensors[name].shape)) for name in order}, metadata or {})
+        if path.is_dir():
+            raise _Fault("it is a folder", "give a file's name")
+        with open(part, "xb") as file:
+            file.write(head)
+            for name in order:
+                tensor = tensors[name].detach().to("cpu", types[name]).contiguous()
+                flat = tensor.as_strided((tensor.numel(),), (1,))  # reshape leaves odd strides if numel < 2
+                file.write(flat.view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (_Fault, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be written: {reason}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Eight bytes of length, then JSON, padded with spaces so that the data begins at a multiple of 8."""
+    if not all(type(word) is str for pair in metadata.items() for word in pair):
+        raise _Fault("its metadata is not all strings", "turn it into strings")
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in _DTYPES or name == "__metadata__":
+            raise _Fault(f"tensor {_quote(name)} of type {dtype} has no place in safetensors", "leave it out")
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    try:
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise _Fault("a name or metadata in it is no valid Unicode", "leave it out") from error
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data

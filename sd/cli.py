@@ -1,0 +1,274 @@
+"""The command `artist`. Nothing that imports torch is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .loader import StableDiffusion
+
+DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
+    "prompt": None,
+    "negative_prompt": "",
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "seed": 0,
+    "height": None,
+    "width": None,
+    "scheduler": "pndm",
+    "eta": 0.0,
+    "model": "shapes",
+    "revision": None,
+    "hub_variant": None,
+    "ema": False,
+    "dtype": None,
+}
+COMMANDS = ("draw", "convert", "info")
+
+
+class CommandError(ValueError):
+    """What is wrong with the command line, in one sentence."""
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    add("--hub-variant", metavar="NAME", help="which files of a Hub repository: fp16")
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for files without one")
+    add("--config", metavar="JSON", help="sizes that a weights file does not tell, such as the head count")
+    add("--ema", action="store_true", help="the EMA weights of a full-EMA checkpoint")
+
+
+def draw_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="artist",
+        description="Draw a picture from a text, with Stable Diffusion v1 or the small model that is built in.",
+        epilog="Other commands: artist convert SOURCE OUT.safetensors; artist info SOURCE. "
+        "Both answer --help. A prompt that is one of these words: artist draw PROMPT.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help='what to draw: "a red star above a blue ring on a white background"')
+    add("-o", "--output", metavar="PNG", help="file or folder; else the first free artist-001.png")
+    add("--model", help="shapes (built in), a .ckpt or .safetensors file, a folder, or a Hub repository")
+    add("--negative", dest="negative_prompt", metavar="TEXT", help="what to stay away from")
+    add("--steps", dest="num_inference_steps", type=int, metavar="N", help="1 to 1000; 50 if not given")
+    add("--guidance", dest="guidance_scale", type=float, metavar="G", help="how closely to follow; 7.5")
+    add("--seed", type=int, metavar="N", help="of the first picture; the next takes the next; 0")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 8; the model's own size if not given")
+    add("--width", type=int, metavar="PIXELS")
+    add("--count", type=int, metavar="N", help="how many pictures; 1")
+    add("--scheduler", metavar="NAME", help="pndm, ddim or lms; pndm")
+    add("--eta", type=float, help="0 to 1, how much noise ddim draws anew; 0")
+    add("--again", metavar="PNG", help="draw a picture of `artist` again; other options change it")
+    add("--variant", choices=["simple"], help="how the work is done")
+    add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
+    add(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32", "float64"],
+        help="float16 on a GPU, else float32",
+    )
+    add("--force", action="store_true", help="write over existing files")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--version", action="version", version=f"artist {__version__}")
+    add_source_options(parser)
+    return parser
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="artist convert",
+        description="Write a model as one self-contained file, which loads with nothing else and no network.",
+    )
+    parser.add_argument("source", help="a .ckpt or .safetensors file, a folder, or a Hub repository")
+    parser.add_argument("output", metavar="OUT.safetensors")
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], help="as in the source if not given"
+    )
+    parser.add_argument("--force", action="store_true", help="write over an existing file")
+    add_source_options(parser)
+    return parser
+
+
+def info_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="artist info", description="Say what a file, folder or Hub repository holds, without loading it."
+    )
+    parser.add_argument("source")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    return parser
+
+
+def drawing(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a drawing: the command line's, then those of the picture to draw again, then DEFAULTS."""
+    settings = dict(DEFAULTS)
+    if "again" in given:
+        from .image import read_settings
+
+        again = read_settings(given["again"])
+        settings |= {k: v for k, v in again.items() if k in DEFAULTS}
+        if "model" not in given:
+            settings["model_hash"] = again.get("model_hash")
+    settings |= {k: v for k, v in given.items() if k in DEFAULTS}
+    if settings["prompt"] is None:
+        raise CommandError('There is nothing to draw: give a prompt, as in artist "a red star".')
+    return settings
+
+
+def outputs(given: dict[str, Any], count: int) -> list[Path]:
+    """Where the pictures go; checked before any work is done."""
+    force = given.get("force", False)
+    output = Path(given.get("output", "."))
+    folder = output if output.is_dir() else output.parent
+    if output.is_dir():
+        free = (folder / f"artist-{n:03d}.png" for n in range(1, 1_000_000))
+        paths = [p for p, _ in zip((p for p in free if not p.exists()), range(count), strict=False)]
+    else:
+        if output.suffix.lower() != ".png":
+            raise CommandError(f"{output} cannot be written: pictures are PNG, so name it {output.stem}.png.")
+        names = [output.stem] if count == 1 else [f"{output.stem}-{k + 1}" for k in range(count)]
+        paths = [folder / f"{name}{output.suffix}" for name in names]
+    if not folder.is_dir():
+        raise CommandError(f"{output} cannot be written: there is no folder {folder}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"{output} cannot be written: the folder {folder} is read-only for you.")
+    for path in paths:
+        if path.is_dir():
+            raise CommandError(f"{path} cannot be written: it is a folder; name a file.")
+        if path.exists() and not force:
+            raise CommandError(f"{path} exists: choose another name, or write over it with --force.")
+    return paths
+
+
+def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusion:
+    import torch
+
+    from .loader import load
+
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise CommandError(
+            f"There is no device {device!r} here: try --device cpu, or install a torch that has it."
+        ) from None
+    dtype = settings["dtype"]
+    return load(
+        settings["model"],
+        device=device,
+        dtype=getattr(torch, dtype) if dtype else None,
+        revision=settings["revision"],
+        variant=settings["hub_variant"],
+        tokenizer=given.get("tokenizer"),
+        config=given.get("config"),
+        ema=settings["ema"],
+    )
+
+
+def draw(given: dict[str, Any]) -> None:
+    settings = drawing(given)
+    count = given.get("count", 1)
+    if not 1 <= count <= 10_000:
+        raise CommandError(f"--count must be from 1 to 10000, not {count}.")
+    paths = outputs(given, count)
+
+    from tqdm import tqdm
+
+    from .image import save_png
+    from .sampler import SimpleSampler
+
+    model = load_model(settings, given)
+    known = settings.get("model_hash")
+    if known and known != model.hash:
+        warnings.warn(f"{given['again']} was drawn with other weights (hash {known}, now {model.hash}).")
+    sampler = SimpleSampler(model)
+    call = {
+        k: settings[k]
+        for k in DEFAULTS
+        if k not in ("prompt", "seed", "model", "revision", "hub_variant", "ema", "dtype")
+    }
+    for k, path in enumerate(paths):
+        start, seed = time.perf_counter(), settings["seed"] + k
+        request = sampler.request(settings["prompt"], seed=seed, **call)
+        title = "drawing" if count == 1 else f"drawing {k + 1}/{count}"
+        steps = tqdm(
+            sampler.run(request),
+            desc=title,
+            total=len(request.scheduler.timesteps),
+            unit="step",
+            disable=given.get("quiet", False),
+        )
+        for step in steps:
+            latents = step.latents
+        (image,) = sampler.decode(latents)
+        record = settings | {
+            "seed": seed,
+            "height": request.height,
+            "width": request.width,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "model_hash": model.hash,
+            "version": __version__,
+        }
+        save_png(image, path, record, force=given.get("force", False))
+        seconds = time.perf_counter() - start
+        print(f"{path}  {request.width} x {request.height}, seed {seed}, {seconds:.1f} s", flush=True)
+
+
+def convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from .loader import convert as write
+
+    write(
+        args.source,
+        args.output,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        force=args.force,
+        revision=args.revision,
+        variant=args.hub_variant,
+        tokenizer=args.tokenizer,
+        config=args.config,
+        ema=args.ema,
+    )
+    print(f"{args.output}  {Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
+def info(args: argparse.Namespace) -> None:
+    from .loader import format_info
+    from .loader import info as look
+
+    print(format_info(look(args.source, revision=args.revision)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else "draw"
+    warnings.showwarning = lambda message, *_: print(f"artist: warning: {message}", file=sys.stderr)
+    try:
+        if command == "convert":
+            convert(convert_parser().parse_args(argv))
+        elif command == "info":
+            info(info_parser().parse_args(argv))
+        else:
+            given = vars(draw_parser().parse_args(argv))
+            if not given:
+                draw_parser().print_help()
+                return 2
+            draw(given)
+    except KeyboardInterrupt:
+        print("\nartist: stopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:  # the library's own sentences, and the system's on files
+        print(f"artist: error: {error}", file=sys.stderr)
+        return 2
+    return 0

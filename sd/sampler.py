@@ -1,0 +1,298 @@
+"""From a prompt to pictures: guidance, the denoising loop, and `SimpleSampler`, which hands it what it needs.
+
+The order of operations is that of diffusers' StableDiffusionPipeline, so that the pictures are the same to
+the last bit. Variants (lean, parallel) hand the same loop another denoiser, and decode in another way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .image import to_pil
+from .loader import StableDiffusion
+from .scheduler import Scheduler, make_scheduler
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the noise in x
+Prompt = str | list[str] | Tensor
+
+MAX_SIDE = 8192  # pixels; far beyond what the v1 models draw well
+
+
+class NotFiniteError(ValueError):
+    """A stage returned NaN or infinity; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one turn of the loop knows. Tensors are (B, 4, h, w)."""
+
+    index: int  # 0, 1, ...
+    timestep: float  # what the model was told
+    latents: Tensor  # after this step
+    noise: Tensor  # predicted, guided
+    denoised: Tensor  # the clean latents that this prediction points to: for previews
+
+
+def with_text(unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor) -> Denoiser:
+    """The UNet, told what to draw: context (B, 77, C)."""
+    return lambda x, t: unet(x, t, context)
+
+
+def guided(
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, negative: Tensor, scale: float
+) -> Denoiser:
+    """Classifier-free guidance: away from `negative`, towards `context` (Ho & Salimans, arXiv:2207.12598).
+
+    One call with the batch doubled, the negative half first, as in ldm and diffusers.
+    """
+    both = torch.cat([negative, context])
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return away + scale * (towards - away)
+
+    return denoiser
+
+
+def denoise(
+    denoiser: Denoiser, x: Tensor, scheduler: Scheduler, draw: Callable[[], Tensor] | None = None
+) -> Iterator[Step]:
+    """The denoising loop. x: (B, 4, h, w), unit noise times the scheduler's `init_noise_sigma`.
+
+    `draw` gives fresh unit noise like x; it is called once a step, where the scheduler's eta is above 0.
+    """
+    state = scheduler.init_state()
+    for i, timestep in enumerate(scheduler.timesteps):
+        t = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
+        noise = denoiser(scheduler.scale_input(i, x), t)
+        denoised = scheduler.denoised(i, noise, x)
+        x, state = scheduler.step(
+            i, noise, x, state, variance_noise=draw() if scheduler.eta and draw else None
+        )
+        yield Step(i, timestep, x, noise, denoised)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of a call, checked."""
+
+    context: Tensor  # (B, 77, C)
+    negative: Tensor | None  # (B, 77, C), or None where there is no guidance
+    guidance_scale: float
+    height: int
+    width: int
+    seeds: list[int]  # one an image
+    scheduler: Scheduler
+    latents: Tensor | None  # (B, 4, h, w)
+
+
+class SimpleSampler:
+    """Draws with the model as it stands: the textbook, and the reference for every other sampler."""
+
+    def __init__(self, model: StableDiffusion):
+        self.model = model
+
+    def __call__(self, prompt: Prompt | None = None, *, output_type: str = "pil", **options: Any) -> Any:
+        """Draw: a list of PIL images, in the order of the prompts.
+
+        Arguments are those of diffusers' StableDiffusionPipeline, but for the seed:
+
+        prompt                a text, a list of texts, or their embeddings (P, 77, C)
+        negative_prompt       what to stay away from; one for all prompts, or one for each
+        num_inference_steps   1 to 1000; 50 if not given
+        guidance_scale        7.5; at 1 or less there is no guidance, and half the work
+        height, width         in pixels, multiples of 8; the size the model was trained for if not given
+        num_images_per_prompt 1
+        seed                  0; image i starts from the noise of seed + i
+        scheduler             "pndm", "ddim" or "lms", or a scheduler of sd.scheduler
+        eta                   0.0 to 1.0, for "ddim"
+        latents               (B, 4, h, w) unit noise to start from in place of the seed's
+        output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
+        prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
+
+        Raises ValueError, in one sentence, for anything out of range; NotFiniteError where a stage yields NaN.
+        """
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', not {output_type!r}.")
+        latents = None
+        for step in self.stream(prompt, **options):
+            latents = step.latents
+        assert latents is not None  # every scheduler has at least one step
+        return self.decode(latents, output_type)
+
+    def stream(self, prompt: Prompt | None = None, **options: Any) -> Iterator[Step]:
+        """The same call as a generator: one `Step` after each call of the UNet. Stop when you like.
+
+        Arguments are checked at once, before the first step is asked for.
+        """
+        with torch.no_grad():
+            request = self.request(prompt, **options)
+        return self.run(request)
+
+    def run(self, request: Request) -> Iterator[Step]:
+        """The steps of a request that `request` has checked."""
+        draw = noise_like_diffusers(self.model, request)
+        x = request.latents if request.latents is not None else draw()
+        x = x * request.scheduler.init_noise_sigma
+        steps = denoise(self.denoiser(request), x, request.scheduler, draw)
+        while True:
+            # Entered for each step, not around the loop: the caller's code runs between two steps.
+            with torch.no_grad():
+                step = next(steps, None)
+                if step is None:
+                    return
+                finite(step.latents, f"UNet (step {step.index + 1})", "dtype=torch.float32")
+            yield step
+
+    def request(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        negative_prompt: Prompt = "",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        scheduler: str | Scheduler = "pndm",
+        eta: float = 0.0,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+    ) -> Request:
+        """Check the arguments of a call, and encode its texts."""
+        if isinstance(scheduler, str):
+            scheduler = make_scheduler(scheduler, num_inference_steps, eta)
+        if not is_number(guidance_scale) or not 0 <= guidance_scale <= 100:
+            raise ValueError(
+                f"guidance_scale must be a number from 0 to 100 (7.5 is usual), not {guidance_scale!r}."
+            )
+        if not is_whole(num_images_per_prompt) or not 1 <= num_images_per_prompt <= 1000:
+            raise ValueError(
+                f"num_images_per_prompt must be a whole number from 1 to 1000, not {num_images_per_prompt!r}."
+            )
+        if not is_whole(seed) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}.")
+        height, width = self._size(height, width, latents)
+
+        texts = prompt if prompt_embeds is None else prompt_embeds
+        negatives = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
+        context = self._encode(texts, "prompt", None)
+        negative = self._encode(negatives, "negative_prompt", len(context)) if guidance_scale > 1 else None
+        context = context.repeat_interleave(num_images_per_prompt, dim=0)
+        if negative is not None:
+            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
+        if latents is not None:
+            if len(latents) != len(context):
+                raise ValueError(
+                    f"latents are for {len(latents)} images, but {len(context)} are asked for: give one each."
+                )
+            latents = latents.to(device=context.device, dtype=context.dtype)
+        seeds = [seed + i for i in range(len(context))]
+        return Request(context, negative, guidance_scale, height, width, seeds, scheduler, latents)
+
+    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        f, channels = self.model.vae.config.downsampling, self.model.unet.config.in_channels
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+                raise ValueError(
+                    f"latents must be floating-point of shape (images, {channels}, height / {f}, width / {f}), "
+                    f"not {latents.dtype} of {tuple(latents.shape)}."
+                )
+            own = f * latents.shape[2], f * latents.shape[3]
+            if (height or own[0], width or own[1]) != own:
+                raise ValueError(f"latents are for {own[1]} x {own[0]} pixels, not {width} x {height}.")
+            height, width = own
+        height = self.model.size if height is None else height
+        width = self.model.size if width is None else width
+        for name, side in (("height", height), ("width", width)):
+            if not is_whole(side) or side % f or not f <= side <= MAX_SIDE:
+                raise ValueError(
+                    f"{name} must be a multiple of {f} from {f} to {MAX_SIDE} pixels, not {side!r}."
+                )
+        return height, width
+
+    def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
+        """(P, 77, C) on the UNet's device; `count`: how many are wanted, where it is known."""
+        if isinstance(prompt, Tensor):
+            wanted = self.model.unet.config.context_dim
+            if prompt.ndim != 3 or prompt.shape[-1] != wanted:
+                raise ValueError(
+                    f"{name} embeddings must have the shape (prompts, 77, {wanted}), not {tuple(prompt.shape)}."
+                )
+            context = prompt.to(device=self.model.device, dtype=self.model.dtype)
+        else:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            if (
+                not isinstance(texts, (list, tuple))
+                or not texts
+                or not all(isinstance(p, str) for p in texts)
+            ):
+                raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r}.")
+            context = self.model.encode_prompt(list(texts))
+        if count is not None and len(context) != count:
+            if len(context) != 1:
+                raise ValueError(
+                    f"{name} has {len(context)} entries for {count} prompts: give one, or one each."
+                )
+            context = context.expand(count, -1, -1)
+        finite(context, "text encoder", "dtype=torch.float32")
+        return context
+
+    def denoiser(self, request: Request) -> Denoiser:
+        if request.negative is None:
+            return with_text(self.model.unet, request.context)
+        return guided(self.model.unet, request.context, request.negative, request.guidance_scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
+        """Scaled latents (B, 4, h, w) -> pictures, as `output_type` says in `__call__`. One at a time."""
+        if output_type == "latent":
+            return latents
+        dtype = next(
+            self.model.vae.parameters()
+        ).dtype  # may differ: the VAE in float32 beside a float16 UNet
+        images = torch.cat([self.model.vae.decode(z.to(dtype)) for z in latents.split(1)])
+        finite(images, "VAE", "model.vae.float() (the VAE in float32), or dtype=torch.float32")
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else to_pil(images)
+
+
+def noise_like_diffusers(model: StableDiffusion, request: Request) -> Callable[[], Tensor]:
+    """A function that draws (B, 4, h, w) of unit noise, each image's from the CPU generator of its own seed.
+
+    Drawn in the model's dtype, as diffusers does: another dtype draws other noise from the same seed.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+    f = model.vae.config.downsampling
+    shape = (1, model.unet.config.in_channels, request.height // f, request.width // f)
+
+    def draw() -> Tensor:
+        noise = [torch.randn(shape, generator=g, dtype=request.context.dtype) for g in generators]
+        return torch.cat(noise).to(request.context.device)
+
+    return draw
+
+
+def finite(x: Tensor, stage: str, remedy: str) -> None:
+    if not torch.isfinite(x).all():
+        raise NotFiniteError(
+            f"The {stage} returned NaN or infinity in {str(x.dtype).removeprefix('torch.')}: "
+            f"try {remedy}; if it stays, the weights are damaged."
+        )
+
+
+def is_whole(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
