@@ -222,7 +222,8 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
         if length > MAX_INDEX:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(file.read(length).decode()) if 8 + length <= size else {}
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         "".join([*header, *metadata, *metadata.values()]).encode()  # all text, and valid
         end = 8 + length + max([entry["data_offsets"][1] for entry in header.values()], default=0)
         if end != size:

@@ -51,7 +51,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 def draw_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="artist",
-        description="Draw a picture from a text, with Stable Diffusion v1 or the small model that is built in.",
+        description="Draw a picture from a text: with Stable Diffusion v1, or the small built-in model.",
         epilog="Other commands: artist convert SOURCE OUT.safetensors; artist info SOURCE. "
         "Both answer --help. A prompt that is one of these words: artist draw PROMPT.",
         argument_default=argparse.SUPPRESS,
@@ -109,7 +109,7 @@ def info_parser() -> argparse.ArgumentParser:
 
 
 def drawing(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a drawing: the command line's, then those of the picture to draw again, then DEFAULTS."""
+    """The settings of a drawing: from the command line, else from the picture to draw again, else DEFAULTS."""
     settings = dict(DEFAULTS)
     if "again" in given:
         from .image import read_settings

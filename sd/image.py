@@ -1,4 +1,4 @@
-"""Tensors to pictures and back, and what is written into a PNG: how it was drawn, and enough to draw it again."""
+"""Tensors to pictures and back; what is written into a PNG: how it was drawn, enough to draw it again."""
 
 from __future__ import annotations
 
@@ -107,6 +107,6 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(
-            f"{path} does not say how it was drawn: it has no text chunk {JSON_CHUNK!r}, which `artist` writes."
+            f"{path} does not say how it was drawn: it has no text chunk {JSON_CHUNK!r}; `artist` writes one."
         )
     return settings

@@ -117,7 +117,7 @@ class SimpleSampler:
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
         prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
 
-        Raises ValueError, in one sentence, for anything out of range; NotFiniteError where a stage yields NaN.
+        Raises ValueError, in one sentence, for what is out of range; NotFiniteError where a stage yields NaN.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', not {output_type!r}.")
@@ -204,7 +204,7 @@ class SimpleSampler:
         if latents is not None:
             if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
                 raise ValueError(
-                    f"latents must be floating-point of shape (images, {channels}, height / {f}, width / {f}), "
+                    f"latents must be floating-point, of shape (images, {channels}, height/{f}, width/{f}), "
                     f"not {latents.dtype} of {tuple(latents.shape)}."
                 )
             own = f * latents.shape[2], f * latents.shape[3]
@@ -226,7 +226,7 @@ class SimpleSampler:
             wanted = self.model.unet.config.context_dim
             if prompt.ndim != 3 or prompt.shape[-1] != wanted:
                 raise ValueError(
-                    f"{name} embeddings must have the shape (prompts, 77, {wanted}), not {tuple(prompt.shape)}."
+                    f"{name} embeddings must be of shape (prompts, 77, {wanted}), not {tuple(prompt.shape)}."
                 )
             context = prompt.to(device=self.model.device, dtype=self.model.dtype)
         else:

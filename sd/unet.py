@@ -109,8 +109,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-class Block(nn.Sequential):
-    """A sequence whose layers are each given what they take (ldm's TimestepEmbedSequential)."""
+class Block(nn.ModuleList):
+    """Layers in sequence, each given what it takes (ldm's TimestepEmbedSequential)."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
         for layer in self:
@@ -141,22 +141,22 @@ class UNet(nn.Module):
             return SpatialTransformer(channels, c.num_heads, c.context_dim, c.transformer_depth, c.num_groups)
 
         ch = c.model_channels
-        blocks = [Block(nn.Conv2d(c.in_channels, ch, 3, padding=1))]
+        blocks = [Block([nn.Conv2d(c.in_channels, ch, 3, padding=1)])]
         skips = [ch]  # channels of each input block's output, taken from the end on the way up
         last = len(c.channel_mult) - 1
         for level, mult in enumerate(c.channel_mult):
             out = mult * c.model_channels
             attend = 2**level in c.attention_resolutions
             for _ in range(c.num_res_blocks):
-                blocks.append(Block(res(ch, out), *([transformer(out)] if attend else [])))
+                blocks.append(Block([res(ch, out)] + ([transformer(out)] if attend else [])))
                 ch = out
                 skips.append(ch)
             if level != last:
-                blocks.append(Block(Downsample(ch)))
+                blocks.append(Block([Downsample(ch)]))
                 skips.append(ch)
         self.input_blocks = nn.ModuleList(blocks)
 
-        self.middle_block = Block(res(ch, ch), transformer(ch), res(ch, ch))
+        self.middle_block = Block([res(ch, ch), transformer(ch), res(ch, ch)])
 
         blocks = []
         for level, mult in reversed(list(enumerate(c.channel_mult))):
@@ -169,7 +169,7 @@ class UNet(nn.Module):
                     layers.append(transformer(ch))
                 if level > 0 and i == c.num_res_blocks:
                     layers.append(Upsample(ch))
-                blocks.append(Block(*layers))
+                blocks.append(Block(layers))
         self.output_blocks = nn.ModuleList(blocks)
 
         self.out = nn.Sequential(

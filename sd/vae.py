@@ -183,7 +183,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.mid(self.conv_in(z))
-        for level in reversed(self.up):  # type: ignore[call-overload]
+        for level in reversed(self.up):
             z = level(z)
         return self.conv_out(F.silu(self.norm_out(z)))
 

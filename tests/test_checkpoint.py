@@ -255,7 +255,9 @@ def test_any_root_and_alignment(tmp_path, align):
     path = pack(
         tmp_path / "a.ckpt", data, storages, root="sd v1-4 (ü)" if align == 1 else "sd-v1-4", align=align
     )
-    assert torch.equal(read(path).tensors["w"], torch.arange(12.0).reshape(3, 4))
+    tensor = read(path).tensors["w"]
+    assert torch.equal(tensor, torch.arange(12.0).reshape(3, 4))
+    assert tensor.data_ptr() % 4 == 0
 
 
 # ---- memory
@@ -410,7 +412,7 @@ def test_odd_paths(tmp_path):
 
 # ---- pickles that mean harm: nothing runs, nothing is imported, nothing hangs
 
-TUPLE_BOMB = b"\x80\x02)" + b"\x85" * 400_000  # ((((...)))): hashing it overflows the C stack
+TUPLE_BOMB = b"\x80\x02)" + b"\x85" * 150_000  # ((((...)))): hashing it overflows the C stack
 MARKER = "marker"
 EVIL = {
     "os.system": lambda path: pickled({"w": Called(os.system, f"touch {path}")}),
@@ -454,7 +456,7 @@ def test_name_in_the_message_is_harmless(tmp_path):
     assert len(message) < 500 + len(str(tmp_path))
 
 
-def nested(opcode, n=1_000_000):
+def nested(opcode, n=200_000):
     return b"\x80\x02" + opcode * n
 
 
@@ -471,7 +473,7 @@ HOSTILE = {
     "dicts": nested(b"}"),
     "memo index": b"\x80\x02}r\xff\xff\xff\xff.",
     "memo missing": b"\x80\x02h\x05.",
-    "memoize": b"\x80\x04}" + b"\x94" * 1_000_000 + b".",
+    "memoize": b"\x80\x04}" + b"\x94" * 200_000 + b".",
     "bytes of 2^63": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
     "bytes of 2^32": b"\x80\x04B\xff\xff\xff\xff.",
     "text of 2^32": b"\x80\x02X\xff\xff\xff\xff.",
@@ -543,6 +545,7 @@ def test_pickle_size_limit(tmp_path, monkeypatch):
 
 
 @linux
+@pytest.mark.slow
 def test_the_largest_pickle_costs_bounded_memory_and_time(tmp_path):
     """In a process with 3 GiB of address space and 60 s of processor time to spend."""
     path = pack(tmp_path / "a.ckpt", b"\x80\x02" + b"}" * (checkpoint.MAX_PICKLE - 2))
@@ -797,7 +800,7 @@ def headers(draw):
     return header, end + draw(st.sampled_from([0, 0, 0, 1, -1]))
 
 
-@settings(quick, max_examples=400)
+@settings(quick, max_examples=300)
 @given(headers())
 def test_any_safetensors_header(tmp_path, drawn):
     """What is read is what the official library reads; what it refuses is refused."""

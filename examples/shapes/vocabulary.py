@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 from scenes import COLOURS, RELATIONS, SHAPES
 
@@ -24,7 +25,7 @@ def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(s) > 1 for s in spellings):
-        pairs = Counter(pair for s in spellings for pair in zip(s, s[1:], strict=False))
+        pairs = Counter(pair for s in spellings for pair in pairwise(s))
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for s in spellings:
