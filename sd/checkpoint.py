@@ -12,6 +12,7 @@ Formats: torch/serialization.py, torch/_utils.py (`_rebuild_tensor_v2`), Lib/pic
 https://github.com/huggingface/safetensors#format
 """
 
+import contextlib
 import io
 import json
 import mmap
@@ -132,7 +133,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     try:
         with _open(path) as file:
-            form = _recognise(path, file.read(512))
+            form = _recognise(file.read(512))
             size = os.fstat(file.fileno()).st_size
             tensors, metadata = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
         if not tensors:
@@ -161,7 +162,7 @@ def _open(path: Path) -> _File:
     raise _Fault(f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}", _NAME_ONE)
 
 
-def _recognise(path: Path, head: bytes) -> str:
+def _recognise(head: bytes) -> str:
     """The kind, "ckpt" or "safetensors", by the first bytes; well-known other things are named."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"PK\x03\x04"):
@@ -180,8 +181,6 @@ def _recognise(path: Path, head: bytes) -> str:
         raise _Fault("is a bare pickle, not torch.save's zip, and nothing in it was run", _AS_SAFE)
     if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
         raise _Fault("is a compressed archive", "unpack it and give the weight file inside")
-    if path.suffix == ".safetensors":  # the library says what is wrong with it
-        return "safetensors"
     raise _Fault(f"is neither torch's zip nor safetensors (it begins with {head[:16]!r})", _NAME_ONE)
 
 
@@ -189,19 +188,18 @@ def _map(file: _File) -> mmap.mmap:
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private, so writable but never the file
     except (OSError, ValueError) as error:
-        raise _Fault(
-            f"cannot be memory-mapped ({_one_line(error)})", "free memory or copy it elsewhere"
-        ) from error
+        raise _Fault(f"cannot be memory-mapped ({_one_line(error)})", "free some memory") from error
 
 
 def _flat(mapped: mmap.mmap, dtype: torch.dtype, start: int, numel: int) -> torch.Tensor:
-    """Numbers in the map as a flat tensor that keeps the map alive; no page is touched."""
+    """Numbers in the map as a flat tensor that keeps the map alive; no page is touched.
+
+    As in the official library they may lie at odd addresses: .safetensors files of 2022 are not aligned, and
+    a copy would cost what the map saves. torch's CPU kernels take that, though a sum may round otherwise.
+    """
     if numel == 0:  # frombuffer wants at least one
         return torch.empty(0, dtype=dtype)
-    if start % dtype.itemsize == 0:
-        return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start)
-    # Kernels may count on alignment. torch.save and save_file align, other writers may not: copied.
-    return torch.frombuffer(bytearray(mapped[start : start + numel * dtype.itemsize]), dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start)
 
 
 def _sane(*numbers: Any) -> bool:
@@ -213,8 +211,8 @@ def _sane(*numbers: Any) -> bool:
 
 
 def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Not by the official library: its get_tensor faults in a page of every tensor, and with it the disk's
-    read-ahead: the whole file if that is large. Its rules are kept: no byte is left out or used twice.
+    """Without the official library, whose get_tensor touches a page of every tensor, and then the disk reads
+    on: all of a cold 1.7 GB file, tried. Its rules are kept: no byte is left out or used twice.
     """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -233,9 +231,7 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, kind, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
             if kind not in _DTYPES.values():
-                raise _Fault(
-                    f"holds {_quote(name)} of type {_quote(kind)}", "give weights in float16 or float32"
-                )
+                raise _Fault(f"holds {_quote(name)} of type {_quote(kind)}", "give weights in float16")
             dtype = next(dtype for dtype in _DTYPES if _DTYPES[dtype] == kind)
             if not isinstance(shape, list) or not _sane(start, stop, *shape):
                 raise ValueError(f"{_quote(name)} has no size")
@@ -271,7 +267,6 @@ class _Archive:
 
     def __init__(self, file: _File, size: int) -> None:
         self.file, self.size = file, size
-        self.storages: dict[_Storage, torch.Tensor] = {}
         try:
             with zipfile.ZipFile(file) as opened:
                 entries = opened.infolist()
@@ -301,7 +296,9 @@ class _Archive:
 
     def span(self, member: str) -> tuple[int, int]:
         """Where a member's bytes lie: (start, length)."""
-        entry = self.entries[self.root + member]
+        entry = self.entries.get(self.root + member)
+        if entry is None:
+            raise _Fault(f"is damaged ({_quote(member)} is not in its zip)")
         if entry.compress_type or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
             raise _Fault("is a compressed zip, unlike torch.save's", "pack it again without compression")
         name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
@@ -317,14 +314,11 @@ class _Archive:
         return start, entry.file_size
 
     def storage(self, wanted: _Storage) -> torch.Tensor:
-        """A storage as a flat tensor over the map; one and the same for all tensors that share it."""
-        if wanted not in self.storages:
-            dtype, key, numel = wanted
-            start, length = self.span(f"data/{key}")
-            if not 0 <= numel <= length // dtype.itemsize:
-                raise _Fault(f"is damaged (storage {_quote(key)} has only {length} bytes)")
-            self.storages[wanted] = _flat(self.map, dtype, start, numel)
-        return self.storages[wanted]
+        dtype, key, numel = wanted
+        start, length = self.span(f"data/{key}")
+        if not 0 <= numel <= length // dtype.itemsize:
+            raise _Fault(f"is damaged (storage {_quote(key)} has only {length} bytes)")
+        return _flat(self.map, dtype, start, numel)
 
     def tensor(self, name: str, described: _Tensor) -> torch.Tensor:
         """torch._utils._rebuild_tensor_v2, with every number checked before torch sees it."""
@@ -448,15 +442,15 @@ def write_safetensors(
     """Write a .safetensors file tensor by tensor, whole or not at all; floating tensors as `dtype` if given.
 
     One tensor at a time is converted, made contiguous and fetched from its device (the library's save_file
-    wants them all ready, and before 0.8 copies them all). The same tensors give the same bytes: wide types
-    first, so that all are aligned, then by name. An existing file is replaced in one step once the new one is
-    on the disk; after a failure, Ctrl-C too, nothing of the new one stays. Old readers want {"format": "pt"}
-    in the metadata. Raises CheckpointError.
+    wants them all ready, and its older versions copy them all). The same tensors give the same bytes: wide
+    types first, so that all are aligned, then by name. An existing file is replaced in one step once the new
+    one is on the disk; after a failure, Ctrl-C too, nothing of the new one stays. Old readers of the format
+    want {"format": "pt"} in the metadata. Raises CheckpointError.
     """
     path = Path(path)
     types = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         head = _header({name: (types[name], tuple(tensors[name].shape)) for name in order}, metadata or {})
         if path.is_dir():
@@ -470,11 +464,12 @@ def write_safetensors(
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (_Fault, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (_Fault, OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be written: {reason}.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # most often it is not there, or has its final name
+            part.unlink()
 
 
 def _header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

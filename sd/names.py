@@ -1,0 +1,329 @@
+"""What tensors are called, in CompVis files and on the Hub, and what their shapes tell about a model.
+
+CompVis names are ours; the Hub's (those of diffusers) are made from them by one table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .unet import UNetConfig
+from .vae import VAEConfig
+
+Tensors = Mapping[str, Tensor]
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text": "cond_stage_model.transformer.text_model.",
+}
+PARTS = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
+
+# In files, but not weights of the model: schedule buffers, losses, counters (each a full match).
+KNOWN_EXTRAS = re.compile(
+    r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
+    r"|scale_factor|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
+    r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?))"
+)
+
+# ---- CompVis names to the Hub's
+
+_RES = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def unet_modules(config: UNetConfig) -> dict[str, str]:
+    """CompVis module -> Hub module, for every block of a UNet."""
+    table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    last = len(config.channel_mult) - 1
+    n = 1
+    for level in range(last + 1):
+        for j in range(config.num_res_blocks):
+            table[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{j}"
+            table[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{j}"
+            n += 1
+        table[f"input_blocks.{n}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        n += 1
+    n = 0
+    for up, level in enumerate(range(last, -1, -1)):
+        attends = 2**level in config.attention_resolutions
+        for j in range(config.num_res_blocks + 1):
+            table[f"output_blocks.{n}.0"] = f"up_blocks.{up}.resnets.{j}"
+            if attends:
+                table[f"output_blocks.{n}.1"] = f"up_blocks.{up}.attentions.{j}"
+            n += 1
+        table[f"output_blocks.{n - 1}.{1 + attends}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
+    return table
+
+
+def unet_to_hub(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
+    """CompVis name -> Hub name, for these tensors of a UNet."""
+    modules = unet_modules(config)
+    result = {}
+    for name in names:
+        parts = name.split(".")
+        head = next(h for i in range(len(parts), 0, -1) if (h := ".".join(parts[:i])) in modules)
+        tail = name[len(head) + 1 :]
+        inner, _, leaf = tail.rpartition(".")
+        result[name] = f"{modules[head]}.{_RES[inner]}.{leaf}" if inner in _RES else f"{modules[head]}.{tail}"
+    return result
+
+
+def vae_to_hub(names: Iterable[str], config: VAEConfig) -> dict[str, str]:
+    """CompVis name -> Hub name, for these tensors of a VAE."""
+    last = len(config.ch_mult) - 1
+    result = {}
+    for name in names:
+        hub = re.sub(
+            r"\.up\.(\d+)\.", lambda m: f".up.{last - int(m[1])}.", name
+        )  # counted from the other end
+        for pattern, replacement in _VAE:
+            hub = re.sub(pattern, replacement, hub)
+        result[name] = hub
+    return result
+
+
+def from_hub(tensors: Tensors, names: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by the Hub's names -> by CompVis names; what has no CompVis name keeps its own.
+
+    1x1 convolutions of the VAE's attention are Linear there: the same numbers in another shape (a view).
+    """
+    rest = dict(tensors)
+    result = {}
+    for name, hub in names.items():
+        if hub not in rest:
+            for new, old in OLD_VAE_ATTENTION.items():
+                hub = re.sub(rf"(attentions\.0)\.{re.escape(new)}\.", rf"\1.{old}.", hub)
+        if hub in rest:
+            tensor = rest.pop(hub)
+            wanted = shapes[name]
+            if tensor.shape != wanted and tensor.ndim == 2 and (*tensor.shape, 1, 1) == tuple(wanted):
+                tensor = tensor[:, :, None, None]
+            result[name] = tensor
+    return result | rest
+
+
+# ---- the parts of a file
+
+
+def split(tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A flat file -> its parts, each without its prefix, and the names that belong to none of them."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
+    unknown = []
+    for name, tensor in tensors.items():
+        if KNOWN_EXTRAS.fullmatch(name):
+            continue
+        part, short = _place(name)
+        if part is None:
+            unknown.append(name)
+        else:
+            parts[part][short] = tensor
+    return parts, unknown
+
+
+def _place(name: str) -> tuple[str | None, str]:
+    for part, prefix in PREFIXES.items():
+        if name.startswith(prefix):
+            return part, name[len(prefix) :]
+    if name.startswith("cond_stage_model.transformer."):  # saved by transformers 5.6 or later: no text_model
+        return "text", name.removeprefix("cond_stage_model.transformer.")
+    if re.match(r"(input_blocks|middle_block|output_blocks|time_embed|out)\.", name):
+        return "unet", name
+    if re.match(r"text_model\.|embeddings\.|encoder\.layers\.|final_layer_norm\.", name):
+        return "text", name.removeprefix("text_model.")
+    if re.match(r"(encoder|decoder|quant_conv|post_quant_conv)\.", name):
+        return "vae", name
+    return None, name
+
+
+def ema_names(names: Iterable[str]) -> dict[str, str]:
+    """UNet tensor -> its name among the EMA weights of a full checkpoint, where the dots are gone."""
+    return {name: "model_ema.diffusion_model" + name.replace(".", "") for name in names}
+
+
+# ---- what a file holds, by its names and shapes
+
+
+def kind_of(tensors: Tensors) -> str:
+    """A short name for what a file holds: "Stable Diffusion v1", or which other thing."""
+    names = tensors.keys()
+
+    def any_of(*words: str) -> bool:
+        return any(word in name for word in words for name in names)
+
+    if any_of("lora_", "lora.up", ".lora"):
+        return "LoRA"
+    if any_of("conditioner.embedders", "label_emb"):
+        return "SDXL"
+    if any_of("joint_blocks.", "double_blocks."):
+        return "SD 3 or Flux"
+    if any_of("control_model.", "input_hint_block"):
+        return "ControlNet"
+    if any_of("cond_stage_model.model."):
+        return "SD 2"
+    first = next((t for n, t in tensors.items() if n.endswith("input_blocks.0.0.weight")), None)
+    if first is not None and first.ndim == 4 and first.shape[1] != 4:
+        return {9: "inpainting", 8: "InstructPix2Pix"}.get(first.shape[1], f"{first.shape[1]}-channel")
+    context = next((t for n, t in tensors.items() if n.endswith("attn2.to_k.weight")), None)
+    if context is not None and context.ndim == 2 and context.shape[1] in (1024, 2048):
+        return {1024: "SD 2", 2048: "SDXL"}[context.shape[1]]
+    return "Stable Diffusion v1" if any(split(tensors)[0].values()) else "unknown"
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers stand at the group of a pattern, over all names."""
+    return len({m[1] for name in names if (m := re.match(pattern, name))})
+
+
+def infer_unet(tensors: Tensors) -> dict[str, Any]:
+    """Fields of UNetConfig that shapes tell; the head count they do not."""
+    first = tensors["input_blocks.0.0.weight"]
+    widths: list[int] = []
+    attends: list[int] = []
+    level, blocks = 0, 0
+    for n in range(1, count(tensors, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{n}.0.op.weight" in tensors:
+            level += 1
+            continue
+        out = tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0]
+        if len(widths) == level:
+            widths.append(out)
+        blocks += level == 0
+        if f"input_blocks.{n}.1.proj_in.weight" in tensors and 2**level not in attends:
+            attends.append(2**level)
+    return {
+        "in_channels": first.shape[1],
+        "out_channels": tensors["out.2.weight"].shape[0],
+        "model_channels": first.shape[0],
+        "channel_mult": tuple(width // first.shape[0] for width in widths),
+        "num_res_blocks": blocks,
+        "attention_resolutions": tuple(attends),
+        "context_dim": tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "transformer_depth": count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+    }
+
+
+def infer_vae(tensors: Tensors) -> dict[str, Any]:
+    """Fields of VAEConfig that shapes tell; the scale factor they do not."""
+    ch = tensors["encoder.conv_in.weight"].shape[0]
+    levels = count(tensors, r"encoder\.down\.(\d+)\.")
+    widths = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    return {
+        "ch": ch,
+        "ch_mult": tuple(width // ch for width in widths),
+        "num_res_blocks": count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "z_channels": tensors["decoder.conv_in.weight"].shape[1],
+    }
+
+
+def infer_text(tensors: Tensors) -> dict[str, Any]:
+    """Fields of transformers' CLIPTextConfig, with CLIP's rule of 64 channels a head."""
+    vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": count(tensors, r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(width // 64, 1),
+        "max_position_embeddings": tensors["embeddings.position_embedding.weight"].shape[0],
+        "hidden_act": "quick_gelu",
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+# ---- the Hub's config.json files
+
+
+def unet_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hub UNet's config -> fields of UNetConfig. Raises ValueError naming what this UNet does not do."""
+    widths = config["block_out_channels"]
+    down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    unlike = {
+        "use_linear_projection": (False, None),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None,),
+        "encoder_hid_dim": (None,),
+        "dual_cross_attention": (False, None),
+        "only_cross_attention": (False, None),
+        "resnet_time_scale_shift": ("default", None),
+        "act_fn": ("silu", "swish", None),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+        "time_cond_proj_dim": (None,),
+        "center_input_sample": (False, None),
+    }
+    for key, allowed in unlike.items():
+        if config.get(key) not in allowed:
+            raise ValueError(f"its UNet has {key} = {config[key]!r}, which Stable Diffusion v1 does not have")
+    if not isinstance(heads, int):
+        raise ValueError(f"its UNet has other head counts on other levels ({heads}), as SD 2 and SDXL have")
+    if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
+        raise ValueError(f"its UNet has blocks {down}, which Stable Diffusion v1 does not have")
+    depth = config.get("transformer_layers_per_block", 1)
+    if not isinstance(depth, int) or any(width % widths[0] for width in widths):
+        raise ValueError("its UNet has sizes that Stable Diffusion v1 does not have")
+    return {
+        "in_channels": config.get("in_channels", 4),
+        "out_channels": config.get("out_channels", 4),
+        "model_channels": widths[0],
+        "channel_mult": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": config.get("layers_per_block", 2),
+        "attention_resolutions": tuple(2**i for i, kind in enumerate(down) if kind.startswith("CrossAttn")),
+        "num_heads": heads,  # "attention_head_dim": 8 means eight heads
+        "context_dim": config.get("cross_attention_dim", 768),
+        "transformer_depth": depth,
+        "num_groups": config.get("norm_num_groups", 32),
+    }
+
+
+def vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hub VAE's config -> fields of VAEConfig."""
+    widths = config["block_out_channels"]
+    if config.get("latents_mean") or config.get("shift_factor") or config.get("use_quant_conv") is False:
+        raise ValueError("its VAE is of a newer kind than Stable Diffusion v1's")
+    return {
+        "in_channels": config.get("in_channels", 3),
+        "out_ch": config.get("out_channels", 3),
+        "ch": widths[0],
+        "ch_mult": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": config.get("layers_per_block", 1),
+        "z_channels": config.get("latent_channels", 4),
+        "scale_factor": config.get("scaling_factor", 0.18215),
+        "num_groups": config.get("norm_num_groups", 32),
+    }
