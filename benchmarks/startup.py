@@ -86,12 +86,8 @@ def main() -> None:
         [python(TIMED.format("import torch", "import sd")) for _ in runs],
     )
     names = "import sd; sd.load; sd.SimpleSampler; sd.PNDM; sd.UNet"
-    show(
-        "the same, and every name used", "0.3 s", [python(TIMED.format("import torch", names)) for _ in runs]
-    )
-    code = (
-        "import subprocess; subprocess.run([sys.executable, '-m', 'sd', '--help'], stdout=subprocess.DEVNULL)"
-    )
+    show("the same, and every name used", "0.3 s", [python(TIMED.format("import torch", names)) for _ in runs])
+    code = "import subprocess; subprocess.run([sys.executable, '-m', 'sd', '--help'], stdout=subprocess.DEVNULL)"
     show("artist --help, with the interpreter", "0.2 s", [python(TIMED.format("pass", code)) for _ in runs])
     code = "subprocess.run([sys.executable, '-c', 'pass'])"
     show("(the interpreter alone)", "-", [python(TIMED.format("import subprocess", code)) for _ in runs])

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import attention, chunked_attention, use_attention
     from .checkpoint import CheckpointError
-    from .loader import StableDiffusion, convert, info, load, save
+    from .loader import StableDiffusion, convert, load, save
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
     from .scheduler import DDIM, LMS, PNDM, NoiseSchedule
+    from .source import LoadError, info
     from .unet import UNet, UNetConfig
     from .vae import VAE, VAEConfig
 
@@ -25,7 +26,8 @@ _HOME = {
     **dict.fromkeys(["UNet", "UNetConfig"], "unet"),
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule"], "scheduler"),
-    **dict.fromkeys(["StableDiffusion", "convert", "info", "load", "save"], "loader"),
+    **dict.fromkeys(["StableDiffusion", "convert", "load", "save"], "loader"),
+    **dict.fromkeys(["LoadError", "info"], "source"),
     **dict.fromkeys(["NotFiniteError", "SimpleSampler", "Step", "denoise"], "sampler"),
 }
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "PNDM",
     "VAE",
     "CheckpointError",
+    "LoadError",
     "NoiseSchedule",
     "NotFiniteError",
     "SimpleSampler",

@@ -91,9 +91,7 @@ def convert_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="a .ckpt or .safetensors file, a folder, or a Hub repository")
     parser.add_argument("output", metavar="OUT.safetensors")
-    parser.add_argument(
-        "--dtype", choices=["float16", "bfloat16", "float32"], help="as in the source if not given"
-    )
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="as in the source if not given")
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     add_source_options(parser)
     return parser
@@ -243,8 +241,8 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    from .loader import format_info
-    from .loader import info as look
+    from .source import format_info
+    from .source import info as look
 
     print(format_info(look(args.source, revision=args.revision)))
 

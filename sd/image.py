@@ -40,9 +40,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     """
     fields = {
         "Steps": settings["num_inference_steps"],
-        "Sampler": {"pndm": "PLMS", "ddim": "DDIM", "lms": "LMS"}.get(
-            settings["scheduler"], settings["scheduler"]
-        ),
+        "Sampler": {"pndm": "PLMS", "ddim": "DDIM", "lms": "LMS"}.get(settings["scheduler"], settings["scheduler"]),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",

@@ -107,9 +107,7 @@ def vae_to_hub(names: Iterable[str], config: VAEConfig) -> dict[str, str]:
     last = len(config.ch_mult) - 1
     result = {}
     for name in names:
-        hub = re.sub(
-            r"\.up\.(\d+)\.", lambda m: f".up.{last - int(m[1])}.", name
-        )  # counted from the other end
+        hub = re.sub(r"\.up\.(\d+)\.", lambda m: f".up.{last - int(m[1])}.", name)  # counted from the other end
         for pattern, replacement in _VAE:
             hub = re.sub(pattern, replacement, hub)
         result[name] = hub

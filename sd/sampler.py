@@ -73,9 +73,7 @@ def denoise(
         t = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
         noise = denoiser(scheduler.scale_input(i, x), t)
         denoised = scheduler.denoised(i, noise, x)
-        x, state = scheduler.step(
-            i, noise, x, state, variance_noise=draw() if scheduler.eta and draw else None
-        )
+        x, state = scheduler.step(i, noise, x, state, variance_noise=draw() if scheduler.eta and draw else None)
         yield Step(i, timestep, x, noise, denoised)
 
 
@@ -172,9 +170,7 @@ class SimpleSampler:
         if isinstance(scheduler, str):
             scheduler = make_scheduler(scheduler, num_inference_steps, eta)
         if not is_number(guidance_scale) or not 0 <= guidance_scale <= 100:
-            raise ValueError(
-                f"guidance_scale must be a number from 0 to 100 (7.5 is usual), not {guidance_scale!r}."
-            )
+            raise ValueError(f"guidance_scale must be a number from 0 to 100 (7.5 is usual), not {guidance_scale!r}.")
         if not is_whole(num_images_per_prompt) or not 1 <= num_images_per_prompt <= 1000:
             raise ValueError(
                 f"num_images_per_prompt must be a whole number from 1 to 1000, not {num_images_per_prompt!r}."
@@ -215,9 +211,7 @@ class SimpleSampler:
         width = self.model.size if width is None else width
         for name, side in (("height", height), ("width", width)):
             if not is_whole(side) or side % f or not f <= side <= MAX_SIDE:
-                raise ValueError(
-                    f"{name} must be a multiple of {f} from {f} to {MAX_SIDE} pixels, not {side!r}."
-                )
+                raise ValueError(f"{name} must be a multiple of {f} from {f} to {MAX_SIDE} pixels, not {side!r}.")
         return height, width
 
     def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
@@ -231,18 +225,12 @@ class SimpleSampler:
             context = prompt.to(device=self.model.device, dtype=self.model.dtype)
         else:
             texts = [prompt] if isinstance(prompt, str) else prompt
-            if (
-                not isinstance(texts, (list, tuple))
-                or not texts
-                or not all(isinstance(p, str) for p in texts)
-            ):
+            if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(p, str) for p in texts):
                 raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r}.")
             context = self.model.encode_prompt(list(texts))
         if count is not None and len(context) != count:
             if len(context) != 1:
-                raise ValueError(
-                    f"{name} has {len(context)} entries for {count} prompts: give one, or one each."
-                )
+                raise ValueError(f"{name} has {len(context)} entries for {count} prompts: give one, or one each.")
             context = context.expand(count, -1, -1)
         finite(context, "text encoder", "dtype=torch.float32")
         return context
@@ -257,9 +245,7 @@ class SimpleSampler:
         """Scaled latents (B, 4, h, w) -> pictures, as `output_type` says in `__call__`. One at a time."""
         if output_type == "latent":
             return latents
-        dtype = next(
-            self.model.vae.parameters()
-        ).dtype  # may differ: the VAE in float32 beside a float16 UNet
+        dtype = next(self.model.vae.parameters()).dtype  # may differ: the VAE in float32 beside a float16 UNet
         images = torch.cat([self.model.vae.decode(z.to(dtype)) for z in latents.split(1)])
         finite(images, "VAE", "model.vae.float() (the VAE in float32), or dtype=torch.float32")
         images = (images / 2 + 0.5).clamp(0, 1)

@@ -47,9 +47,7 @@ class NoiseSchedule:
     set_alpha_to_one: bool = False
 
     def __post_init__(self) -> None:
-        if not (
-            0 < self.beta_start <= self.beta_end < 1 < self.num_train_timesteps and self.steps_offset >= 0
-        ):
+        if not (0 < self.beta_start <= self.beta_end < 1 < self.num_train_timesteps and self.steps_offset >= 0):
             raise ValueError(
                 "a noise schedule needs 0 < beta_start <= beta_end < 1, num_train_timesteps of at least 2 "
                 f"and steps_offset of at least 0, not {self}"

@@ -39,7 +39,7 @@ def make_clip(config: Mapping[str, Any]) -> nn.Module:
         model = CLIPTextModel(CLIPTextConfig(**config))
     for module in model.modules():
         if "position_ids" in module._buffers:  # in no checkpoint, so it is made here
-            length = module._buffers["position_ids"].shape[-1]  # type: ignore[union-attr]
+            length = module._buffers["position_ids"].shape[-1]
             module._buffers["position_ids"] = torch.arange(length).expand(1, -1)
     return model
 
@@ -77,9 +77,10 @@ class TextEncoder(nn.Module):
             raise ValueError(f"A prompt must be a text, not {prompts!r}.")
         if not prompts:
             raise ValueError("There is no prompt: give a list of one or more texts.")
+        device = next(self.clip.parameters()).device
         for prompt in prompts:
             self._warn_of_unknown_words(prompt)
-        return self.clip(self.tokens(list(prompts)).to(self.clip.device), attention_mask=None)[0]
+        return self.clip(self.tokens(list(prompts)).to(device), attention_mask=None)[0]
 
     def tokens(self, prompts: list[str]) -> Tensor:
         """Texts -> (B, 77) token ids: start, text, end, and the end again as padding."""

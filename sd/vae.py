@@ -63,9 +63,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -216,9 +214,7 @@ class VAE(nn.Module):
             raise ValueError(f"An image of {w} x {h} cannot be encoded: both sides must be multiples of {f}.")
         latent, logvar = self.moments(image)
         if generator is not None:
-            noise = torch.randn(
-                latent.shape, generator=generator, device=generator.device, dtype=latent.dtype
-            )
+            noise = torch.randn(latent.shape, generator=generator, device=generator.device, dtype=latent.dtype)
             latent = latent + torch.exp(0.5 * logvar) * noise.to(latent.device)
         return latent * self.config.scale_factor
 

@@ -40,9 +40,7 @@ def test_the_function_is_at_the_top_of_the_package():
 )
 def test_chunks_are_exact_whatever_the_lengths(heads, queries, keys, dim, chunk, seed):
     q, k, v = qkv(heads, queries, keys, dim, seed=seed % 2**32)
-    torch.testing.assert_close(
-        chunked_attention(q, k, v, chunk=chunk), definition(q, k, v), rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(chunked_attention(q, k, v, chunk=chunk), definition(q, k, v), rtol=1e-10, atol=1e-12)
 
 
 def test_of_equal_values_comes_that_value():

@@ -48,9 +48,7 @@ def lightning_class(monkeypatch):
     return cls
 
 
-def pack(
-    path, data_pkl, storages=None, *, root="archive", align=64, byteorder=b"little", method=zipfile.ZIP_STORED
-):
+def pack(path, data_pkl, storages=None, *, root="archive", align=64, byteorder=b"little", method=zipfile.ZIP_STORED):
     """A zip as torch.save lays it out, around any pickle."""
     members = {"data.pkl": data_pkl, "byteorder": byteorder}
     members |= {f"data/{key}": value for key, value in (storages or {}).items()} | {"version": b"3\n"}
@@ -90,9 +88,7 @@ def pickled(value, protocol=2):
 
 def forged(size, stride, offset=0, numel=12, kind=torch.FloatStorage, key="0"):
     storage = Stored("storage", kind, key, "cpu", numel)
-    rebuilt = Called(
-        torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, collections.OrderedDict()
-    )
+    rebuilt = Called(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, collections.OrderedDict())
     return pickled({"w": rebuilt})
 
 
@@ -179,9 +175,7 @@ def test_lightning_ckpt(tmp_path, lightning_class, monkeypatch, form, numpy_name
                 "dirpath": None,
             }
         },
-        "optimizer_states": [
-            {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"betas": (0.9, 0.999)}]}
-        ],
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"betas": (0.9, 0.999)}]}],
         "lr_schedulers": [],
         "loss": np.float64(0.125),
         "state_dict": state,
@@ -219,9 +213,7 @@ def test_lightning_ckpt(tmp_path, lightning_class, monkeypatch, form, numpy_name
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_bare_state_dict(tmp_path, suffix, protocol):
     path = tmp_path / f"weights{suffix}"
-    torch.save(
-        {**sample(), "step": 7, "note": "x", "other": {"w": torch.ones(1)}}, path, pickle_protocol=protocol
-    )
+    torch.save({**sample(), "step": 7, "note": "x", "other": {"w": torch.ones(1)}}, path, pickle_protocol=protocol)
     found = read(str(path))
     assert found.format == "ckpt"
     assert found.metadata == {"step": 7, "note": "x"}
@@ -252,9 +244,7 @@ def test_safetensors(tmp_path, suffix):
 @pytest.mark.parametrize("align", [64, 1])
 def test_any_root_and_alignment(tmp_path, align):
     data, storages = forged((3, 4), (4, 1)), {"0": TWELVE}
-    path = pack(
-        tmp_path / "a.ckpt", data, storages, root="sd v1-4 (ü)" if align == 1 else "sd-v1-4", align=align
-    )
+    path = pack(tmp_path / "a.ckpt", data, storages, root="sd v1-4 (ü)" if align == 1 else "sd-v1-4", align=align)
     tensor = read(path).tensors["w"]
     assert torch.equal(tensor, torch.arange(12.0).reshape(3, 4))
 
@@ -280,9 +270,7 @@ def test_unaligned_safetensors(tmp_path):
 
 
 def status(key):
-    return int(
-        next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)).split()[1]
-    )
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)).split()[1])
 
 
 def smaps(path):
@@ -479,9 +467,7 @@ HOSTILE = {
     "tuple bomb as args": b"\x80\x02c_codecs\nencode\n" + TUPLE_BOMB[2:] + b"R.",
     "tuple bomb as a size": b"\x80\x02" + TUPLE_BOMB[2:] + b"0.",
     "shared tuples as a key": b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s.",
-    "shared lists as a name": b"\x80\x04]\x94"
-    + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(60))
-    + b"]\x93.",
+    "shared lists as a name": b"\x80\x04]\x94" + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(60)) + b"]\x93.",
     "marks": nested(b"("),
     "lists": nested(b"]"),
     "dicts": nested(b"}"),
@@ -640,11 +626,7 @@ def test_extent_is_exactly_torchs(tmp_path, dims, offset, numel):
     size, stride = tuple(d[0] for d in dims), tuple(d[1] for d in dims)
     path = pack(tmp_path / "a.ckpt", forged(size, stride, offset, numel), {"0": TWELVE})
     try:
-        expected = (
-            torch.as_strided(torch.arange(12.0)[:numel].clone(), size, stride, offset)
-            if numel <= 12
-            else None
-        )
+        expected = torch.as_strided(torch.arange(12.0)[:numel].clone(), size, stride, offset) if numel <= 12 else None
     except RuntimeError:
         expected = None
     if expected is not None and (expected.numel() > numel or offset > numel):
@@ -775,9 +757,7 @@ def test_pickle_bytes_changed(tmp_path, data):
 
 
 @quick
-@given(
-    st.binary(max_size=300), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", struct.pack("<Q", 40) + b"{"])
-)
+@given(st.binary(max_size=300), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", struct.pack("<Q", 40) + b"{"]))
 def test_any_bytes(tmp_path, data, start):
     path = tmp_path / "a.ckpt"
     path.unlink(missing_ok=True)
@@ -804,9 +784,7 @@ def headers(draw):
         entry, odd = header[name], draw(st.sampled_from(ODD))
         key = draw(st.sampled_from(sorted(entry))) if isinstance(entry, dict) and entry else None
         if key and isinstance(entry[key], list) and entry[key] and draw(st.booleans()):
-            entry[key][draw(st.integers(0, len(entry[key]) - 1))] = (
-                draw(st.integers(-1, 9)) if odd is None else odd
-            )
+            entry[key][draw(st.integers(0, len(entry[key]) - 1))] = draw(st.integers(-1, 9)) if odd is None else odd
         elif key and draw(st.booleans()):
             entry[key] = odd
         else:
@@ -846,9 +824,7 @@ def test_deep_safetensors_header(tmp_path):
 @st.composite
 def tensors(draw):
     dtype = draw(
-        st.sampled_from(
-            [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64]
-        )
+        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64])
     )
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     raw = draw(st.binary(min_size=8, max_size=8))  # any bits: NaN, infinity, -0
@@ -950,9 +926,7 @@ def test_write_leaves_nothing_behind(tmp_path, error, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else error) as caught:
         write_safetensors(path, sample())
-    assert (
-        isinstance(error, type) or str(caught.value) == f"{path} cannot be written: No space left on device."
-    )
+    assert isinstance(error, type) or str(caught.value) == f"{path} cannot be written: No space left on device."
     assert os.listdir(tmp_path) == [path.name]
     assert path.read_bytes() == b"old"
 
@@ -982,9 +956,7 @@ def test_write_refuses(tmp_path):
 def test_reading_in_threads(tmp_path):
     path = pack(tmp_path / "a.ckpt", forged((3, 4), (4, 1)), {"0": TWELVE})
     sums = []
-    threads = [
-        threading.Thread(target=lambda: sums.append(read(path).tensors["w"].sum().item())) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: sums.append(read(path).tensors["w"].sum().item())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -108,9 +108,7 @@ def test_timesteps_of_every_count(name):
 def test_bits_of_whole_trajectories(name, dtype):
     theirs = reference(name)
     for n in FEW:
-        assert_same(
-            trajectory(make_scheduler(name, n), x=start(dtype)), reference_trajectory(theirs, n, dtype)
-        )
+        assert_same(trajectory(make_scheduler(name, n), x=start(dtype)), reference_trajectory(theirs, n, dtype))
 
 
 @pytest.mark.parametrize("eta", [1e-3, 0.3, 1.0])
@@ -352,14 +350,10 @@ def test_any_step_can_come_again(make):
     xs = trajectory(s)
     x, state = start() * s.init_noise_sigma, s.init_state()
     for i in range(5):
-        x, state = s.step(
-            i, model(s.scale_input(i, x), s.timesteps[i]), x, state, variance_noise=fresh_noise(i, x)
-        )
+        x, state = s.step(i, model(s.scale_input(i, x), s.timesteps[i]), x, state, variance_noise=fresh_noise(i, x))
     trajectory(s, x=start() * -3)
     for i in range(5, len(s.timesteps)):
-        x, state = s.step(
-            i, model(s.scale_input(i, x), s.timesteps[i]), x, state, variance_noise=fresh_noise(i, x)
-        )
+        x, state = s.step(i, model(s.scale_input(i, x), s.timesteps[i]), x, state, variance_noise=fresh_noise(i, x))
     assert torch.equal(x, xs[-1])
 
 
@@ -437,9 +431,7 @@ def test_process_wide_defaults_do_not_matter(name):
 @pytest.mark.parametrize("n", [0, -1, 1001, 10**9, 50.0, "50", None, True, math.nan, [50]])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_refused_counts(name, n):
-    with pytest.raises(
-        ValueError, match="num_inference_steps must be a whole number from 1 to 1000"
-    ) as error:
+    with pytest.raises(ValueError, match="num_inference_steps must be a whole number from 1 to 1000") as error:
         make_scheduler(name, n)
     assert repr(n) in str(error.value)
     assert "\n" not in str(error.value)

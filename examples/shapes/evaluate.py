@@ -95,9 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the captions and of the first picture")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sheet", type=Path, help="write the wrong pictures here, as one PNG")
-    parser.add_argument(
-        "--all", action="store_true", help="all pictures on the sheet, not only the wrong ones"
-    )
+    parser.add_argument("--all", action="store_true", help="all pictures on the sheet, not only the wrong ones")
     args = parser.parse_args()
     model = sd.load(args.model, device=args.device)
     rng = random.Random(args.seed)

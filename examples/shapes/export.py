@@ -1,26 +1,27 @@
 """Pack what train.py has learned into the one file that `sd.load("shapes")` reads.
 
-python examples/shapes/export.py runs/shapes sd/shapes.safetensors
+    python examples/shapes/export.py runs/shapes sd/shapes.safetensors
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dataclasses import replace
-
+from scenes import SIZE
 from train import UNET, VAE_SIZES, Text
+from vocabulary import WORDS, tokenizer_files
 
-from sd.unet import UNet
-from sd.vae import VAE
+import sd
+from sd.text import TextEncoder
 
 
-def trained(folder: Path) -> tuple[Text, VAE, UNet]:
-    """The three parts from their checkpoints; the UNet's are its averaged weights."""
+def trained(folder: Path) -> sd.StableDiffusion:
+    """The model from the trainer's checkpoints; the UNet's weights are the averaged ones."""
 
     def state(name: str, key: str) -> dict:
         return torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)[key]
@@ -29,8 +30,15 @@ def trained(folder: Path) -> tuple[Text, VAE, UNet]:
     text.load_state_dict(state("text", "module"))
     # The trainer divides latents by their standard deviation: that is the scale factor of the model.
     scale = 1 / torch.load(folder / "latents.pt", weights_only=True).std().item()
-    vae = VAE(replace(VAE_SIZES, scale_factor=scale))
+    vae = sd.VAE(replace(VAE_SIZES, scale_factor=scale))
     vae.load_state_dict(state("vae", "module"))
-    unet = UNet(UNET)
+    unet = sd.UNet(UNET)
     unet.load_state_dict(state("unet", "ema"))
-    return text.eval(), vae.eval(), unet.eval()
+    encoder = TextEncoder(text.clip, tokenizer_files(), WORDS)
+    return sd.StableDiffusion(unet.eval(), vae.eval(), encoder.eval(), name="shapes", size=SIZE)
+
+
+if __name__ == "__main__":
+    source, out = map(Path, sys.argv[1:])
+    sd.save(trained(source), out, dtype=torch.float16, force=True)
+    print(f"{out}  {out.stat().st_size / 1e6:.1f} MB")

@@ -67,9 +67,7 @@ def shifted(mask: np.ndarray, combine: np.ufunc) -> np.ndarray:
     return combine.reduce([mask, *(np.roll(mask, s, axis) for axis in (0, 1) for s in (-1, 1))])
 
 
-def read_object(
-    mask: np.ndarray, pixels: np.ndarray, background: np.ndarray
-) -> tuple[str, str, float, float, float]:
+def read_object(mask: np.ndarray, pixels: np.ndarray, background: np.ndarray) -> tuple[str, str, float, float, float]:
     """Colour, shape, radius and centre (of the width) of the object roughly under a mask."""
     inner = shifted(mask, np.logical_and)  # without its rim, whose colours are mixed with the background's
     own = np.median(pixels[inner if inner.sum() > 20 else mask], axis=0)

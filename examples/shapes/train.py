@@ -129,9 +129,7 @@ class Text(nn.Module):
             (folder / file).write_text(content, encoding="utf-8")
         self.tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
         end = self.tokenizer.eos_token_id
-        config = CLIPTextConfig(
-            **TEXT, vocab_size=end + 1, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end
-        )
+        config = CLIPTextConfig(**TEXT, vocab_size=end + 1, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
         self.clip = CLIPTextModel(config)
         # Background, size, and what is at each of the five places: 0 stands for "nothing" or "not said".
         self.classes = [1 + len(COLOURS), 3] + len(CENTRES) * [1 + len(COLOURS), 1 + len(SHAPES)]

@@ -1,0 +1,277 @@
+"""From a source to a model: `load`, and the other way, `save` and `convert`.
+
+Models are built on the meta device and given their tensors by assignment, so that nothing is initialised in
+vain and a tensor that needs no conversion stays in the file's memory map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import hub, names
+from .checkpoint import write_safetensors
+from .source import METADATA, TEXT_FIELDS, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
+from .text import TOKENIZER_FILES, TextEncoder, make_clip
+from .unet import UNet, UNetConfig
+from .vae import VAE, VAEConfig
+
+
+class StableDiffusion:
+    """The three parts of a model, on one device. `name` and `hash` tell which weights these are."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: VAE,
+        text: TextEncoder,
+        *,
+        name: str = "",
+        size: int = 512,
+        weights: Path | None = None,
+    ):
+        self.unet, self.vae, self.text = unet, vae, text
+        self.name = name
+        self.size = size  # pixels along an edge that it was trained for
+        self._weights = weights
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def hash(self) -> str | None:
+        """The first 10 digits of the weights file's SHA-256, as AUTOMATIC1111 writes it; read on first use."""
+        if "_hash" not in self.__dict__:
+            self._hash = None
+            if self._weights is not None:
+                with open(self._weights, "rb") as file:
+                    digest = hashlib.sha256()
+                    while block := file.read(1 << 24):
+                        digest.update(block)
+                self._hash = digest.hexdigest()[:10]
+        return self._hash
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: str | list[str]) -> Tensor:
+        """Texts -> (B, 77, C); see `TextEncoder.encode` for warnings and errors."""
+        return self.text.encode(prompts)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:
+        """Move or convert the three parts in place, and return the model."""
+        for part in (self.unet, self.vae, self.text):
+            part.to(device=device, dtype=dtype)
+        return self
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+) -> StableDiffusion:
+    """A model from "shapes" (built in), a .ckpt or .safetensors file, a Hub repository, or a folder of its layout.
+
+    dtype      float32 on the CPU and float16 elsewhere, if not given; tensors that have it already stay
+               memory-mapped, others are converted one by one
+    revision, token, variant   of a Hub repository: branch, tag or commit; access; "fp16"
+    tokenizer  a folder with vocab.json and merges.txt; if not given, the source's own, else CLIP's from the Hub
+    config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}} or the path
+               of such a JSON file; fields of UNetConfig, VAEConfig and transformers' CLIPTextConfig
+    ema        the EMA weights of a full-EMA checkpoint in place of the others
+
+    The parts are in eval mode and take gradients. Raises LoadError, HubError or CheckpointError, all of them
+    ValueErrors, in one sentence; a missing, surplus or misshapen tensor is named.
+    """
+    found = find(source, revision=revision, token=token, variant=variant)
+    refuse_other_kinds(found)
+    if ema:
+        found.parts["unet"] = ema_weights(found)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    return build(found, device, dtype, read_config(config), tokenizer_texts(found, tokenizer, token))
+
+
+def build(
+    found: Source, device: Any, dtype: torch.dtype | None, config: Mapping[str, Any], texts: dict[str, str]
+) -> StableDiffusion:
+    """Make the model; dtype None keeps the file's."""
+    settings = {part: {**found.configs.get(part, {}), **config.get(part, {})} for part in names.PARTS}
+    for part, infer in (("unet", names.infer_unet), ("vae", names.infer_vae), ("text", names.infer_text)):
+        if not found.parts[part]:
+            raise LoadError(
+                f"{found.name} has no {names.PARTS[part]}: a model needs all three parts (UNet, VAE, text "
+                "encoder) in one file; give the full checkpoint or the repository."
+            )
+        if part not in found.configs:
+            try:
+                settings[part] = {**infer(found.parts[part]), **settings[part]}
+            except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+                raise LoadError(
+                    f"{found.name} has a {names.PARTS[part]} that is not Stable Diffusion v1's or is incomplete: "
+                    f"tensor {error} is missing or misshapen; give another file, or its sizes as config=."
+                ) from None
+    with torch.device("meta"):
+        unet = UNet(config_of(UNetConfig, settings["unet"]))
+        vae = VAE(config_of(VAEConfig, settings["vae"]))
+    clip = make_clip(settings["text"])
+    for part, module in (("unet", unet), ("vae", vae), ("text", clip)):
+        assign(module, found.parts[part], found, part, device, dtype)
+    text = TextEncoder(clip, texts, found.known_words)
+    size = found.size or (512 if unet.config.model_channels == 320 else 8 * 64)
+    model = StableDiffusion(unet, vae, text, name=found.name, size=size, weights=found.weights)
+    for module in (unet, vae, text):
+        module.eval()
+        left = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+        assert not left, f"left on the meta device: {left}"
+    text.to(device)  # its position_ids, which are in no file
+    return model
+
+
+def assign(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    found: Source,
+    part: str,
+    device: Any,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module its tensors, each converted on its own; strict about names and shapes."""
+    wanted = module.state_dict()
+    # transformers before 5.6 says text_model.encoder..., since then encoder...; ours are without.
+    local = {name.removeprefix("text_model.") if part == "text" else name: name for name in wanted}
+    missing = [name for name in local if name not in tensors]
+    surplus = [name for name in tensors if name not in local]
+    misshapen = [
+        f"{name} is {tuple(tensors[name].shape)} and not {tuple(wanted[own].shape)}"
+        for name, own in local.items()
+        if name in tensors and tensors[name].shape != wanted[own].shape
+    ]
+    for what, bad in (("is missing", missing), ("is surplus", surplus), ("has the wrong shape", misshapen)):
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise LoadError(
+                f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
+                "the file is incomplete or not of Stable Diffusion v1."
+            )
+    state = {}
+    for name, own in local.items():
+        tensor = tensors[name]
+        state[own] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Mapping[str, Any]:
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LoadError(f"The config {config} cannot be read as JSON: {error}.") from None
+    parts = set(names.PARTS)
+    if not isinstance(config, Mapping) or not config.keys() <= parts:
+        raise LoadError('A config is of the form {"unet": {...}, "vae": {...}, "text": {...}}.')
+    return config
+
+
+# ---- the tokenizer
+
+
+def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> dict[str, str]:
+    """The texts of vocab.json and merges.txt: from the folder given, else the source, else the Hub."""
+    if folder is not None:
+        try:
+            return {n: Path(folder, n).read_text(encoding="utf-8") for n in TOKENIZER_FILES}
+        except OSError as error:
+            raise LoadError(
+                f"The tokenizer folder {folder} cannot be read ({error}): it needs vocab.json and merges.txt."
+            ) from None
+    if found.tokenizer is not None:
+        return found.tokenizer
+    try:
+        return hub.clip_tokenizer(token)
+    except hub.HubError as error:
+        raise LoadError(
+            f"{found.name} brings no tokenizer, and CLIP's could not be had from the Hub ({error}): pass tokenizer= "
+            f"(a folder with vocab.json and merges.txt), connect once so that {hub.CLIP} is cached, or use a "
+            "converted file or a repository, which have their own."
+        ) from None
+
+
+# ---- writing
+
+
+def save(
+    model: StableDiffusion,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Write a model as one self-contained .safetensors file, which `load` reads with nothing else.
+
+    Weights have CompVis names, so other tools read them too; config and tokenizer are in the header. Written
+    tensor by tensor, whole or not at all. Raises LoadError where the file exists, unless `force`.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
+    if path.suffix != ".safetensors":
+        raise LoadError(f"{path} must end in .safetensors, the form in which models are written.")
+    text = {k: v for k, v in model.text.config.to_dict().items() if k in TEXT_FIELDS}
+    ours = {
+        "config": {"unet": asdict(model.unet.config), "vae": asdict(model.vae.config), "text": text},
+        "tokenizer": model.text.tokenizer_files,
+        "image_size": model.size,
+        "known_words": sorted(model.text.known_words) if model.text.known_words else None,
+    }
+    tensors = {}
+    for part, module in (("unet", model.unet), ("vae", model.vae), ("text", model.text.clip)):
+        for name, tensor in module.state_dict().items():
+            short = name.removeprefix("text_model.") if part == "text" else name
+            if not names.KNOWN_EXTRAS.fullmatch(short):
+                tensors[names.PREFIXES[part] + short] = tensor
+    write_safetensors(path, tensors, {"format": "pt", METADATA: json.dumps(ours)}, dtype)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    force: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+) -> None:
+    """Write any source as a self-contained file; dtype None keeps the source's. See `load` and `save`."""
+    if Path(out).exists() and not force:
+        raise LoadError(f"{out} exists: choose another name, or write over it with force (--force).")
+    found = find(source, revision=revision, token=token, variant=variant)
+    refuse_other_kinds(found)
+    if ema:
+        found.parts["unet"] = ema_weights(found)
+    model = build(found, "cpu", None, read_config(config), tokenizer_texts(found, tokenizer, token))
+    save(model, out, dtype, force=force)
