@@ -20,13 +20,12 @@ RUNS = 5
 
 WRITE = """
 import sys, torch, sd
-from tests.layouts import full_size_parts
+from tests.layouts import full_size_tensors
 from sd.checkpoint import write_safetensors
-write_safetensors(sys.argv[1], full_size_parts(torch.float16))
+write_safetensors(sys.argv[1], full_size_tensors(torch.float16))
 """
 LOAD = """
-import sys, time, torch, transformers, sd, sd.loader
-from transformers import CLIPTextModel, CLIPTokenizer
+import sys, time, torch, sd
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
 before, start = anonymous(), time.perf_counter()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from . import hub, names
 from .checkpoint import write_safetensors
-from .source import METADATA, TEXT_FIELDS, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
-from .text import TOKENIZER_FILES, TextEncoder, make_clip
+from .source import METADATA, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
+from .text import TextConfig, TextEncoder, text_shapes
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -71,8 +71,9 @@ class StableDiffusion:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Move or convert the three parts in place, and return the model."""
-        for part in (self.unet, self.vae, self.text):
-            part.to(device=device, dtype=dtype)
+        self.unet.to(device=device, dtype=dtype)
+        self.vae.to(device=device, dtype=dtype)
+        self.text.to(device=device, dtype=dtype)
         return self
 
 
@@ -132,51 +133,48 @@ def build(
     with torch.device("meta"):
         unet = UNet(config_of(UNetConfig, settings["unet"]))
         vae = VAE(config_of(VAEConfig, settings["vae"]))
-    clip = make_clip(settings["text"])
-    for part, module in (("unet", unet), ("vae", vae), ("text", clip)):
-        assign(module, found.parts[part], found, part, device, dtype)
-    text = TextEncoder(clip, texts, found.known_words)
-    size = found.size or (512 if unet.config.model_channels == 320 else 8 * 64)
-    model = StableDiffusion(unet, vae, text, name=found.name, size=size, weights=found.weights)
-    for module in (unet, vae, text):
-        module.eval()
-        left = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
-        assert not left, f"left on the meta device: {left}"
-    text.to(device)  # its position_ids, which are in no file
-    return model
+    text = config_of(TextConfig, settings["text"])
+    tensors = {}
+    for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
+        check(found, part, shapes)
+        tensors[part] = {
+            name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+            for name, t in found.parts[part].items()
+        }
+    unet.load_state_dict(tensors["unet"], strict=True, assign=True)
+    vae.load_state_dict(tensors["vae"], strict=True, assign=True)
+    try:
+        encoder = TextEncoder(text, tensors["text"], texts["vocab.json"], texts["merges.txt"], found.known_words)
+    except ValueError as error:
+        raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
+    return StableDiffusion(
+        unet.eval(), vae.eval(), encoder, name=found.name, size=found.size or 512, weights=found.weights
+    )
 
 
-def assign(
-    module: nn.Module,
-    tensors: dict[str, Tensor],
-    found: Source,
-    part: str,
-    device: Any,
-    dtype: torch.dtype | None,
-) -> None:
-    """Give a module its tensors, each converted on its own; strict about names and shapes."""
-    wanted = module.state_dict()
-    # transformers before 5.6 says text_model.encoder..., since then encoder...; ours are without.
-    local = {name.removeprefix("text_model.") if part == "text" else name: name for name in wanted}
-    missing = [name for name in local if name not in tensors]
-    surplus = [name for name in tensors if name not in local]
-    misshapen = [
-        f"{name} is {tuple(tensors[name].shape)} and not {tuple(wanted[own].shape)}"
-        for name, own in local.items()
-        if name in tensors and tensors[name].shape != wanted[own].shape
-    ]
-    for what, bad in (("is missing", missing), ("is surplus", surplus), ("has the wrong shape", misshapen)):
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise LoadError unless a part has just these tensors in these shapes; the message names some that differ."""
+    tensors = found.parts[part]
+    wrong = {
+        "is missing": [name for name in shapes if name not in tensors],
+        "is surplus": [name for name in tensors if name not in shapes],
+        "has the wrong shape": [
+            f"{name} is {tuple(tensors[name].shape)}, not {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
+    for what, bad in wrong.items():
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise LoadError(
                 f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
                 "the file is incomplete or not of Stable Diffusion v1."
             )
-    state = {}
-    for name, own in local.items():
-        tensor = tensors[name]
-        state[own] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-    module.load_state_dict(state, strict=True, assign=True)
 
 
 def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Mapping[str, Any]:
@@ -200,7 +198,7 @@ def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token:
     """The texts of vocab.json and merges.txt: from the folder given, else the source, else the Hub."""
     if folder is not None:
         try:
-            return {n: Path(folder, n).read_text(encoding="utf-8") for n in TOKENIZER_FILES}
+            return {n: Path(folder, n).read_text(encoding="utf-8") for n in names.TOKENIZER_FILES}
         except OSError as error:
             raise LoadError(
                 f"The tokenizer folder {folder} cannot be read ({error}): it needs vocab.json and merges.txt."
@@ -237,19 +235,21 @@ def save(
         raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
     if path.suffix != ".safetensors":
         raise LoadError(f"{path} must end in .safetensors, the form in which models are written.")
-    text = {k: v for k, v in model.text.config.to_dict().items() if k in TEXT_FIELDS}
     ours = {
-        "config": {"unet": asdict(model.unet.config), "vae": asdict(model.vae.config), "text": text},
-        "tokenizer": model.text.tokenizer_files,
+        "config": {
+            "unet": asdict(model.unet.config),
+            "vae": asdict(model.vae.config),
+            "text": asdict(model.text.config),
+        },
+        "tokenizer": {"vocab.json": model.text.vocab, "merges.txt": model.text.merges},
         "image_size": model.size,
         "known_words": sorted(model.text.known_words) if model.text.known_words else None,
     }
-    tensors = {}
-    for part, module in (("unet", model.unet), ("vae", model.vae), ("text", model.text.clip)):
-        for name, tensor in module.state_dict().items():
-            short = name.removeprefix("text_model.") if part == "text" else name
-            if not names.KNOWN_EXTRAS.fullmatch(short):
-                tensors[names.PREFIXES[part] + short] = tensor
+    tensors = {
+        names.PREFIXES[part] + name: tensor
+        for part, owner in (("unet", model.unet), ("vae", model.vae), ("text", model.text))
+        for name, tensor in owner.state_dict().items()
+    }
     write_safetensors(path, tensors, {"format": "pt", METADATA: json.dumps(ours)}, dtype)
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
+from .text import TextConfig
 from .unet import UNetConfig
 from .vae import VAEConfig
 
@@ -21,6 +23,7 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text": "cond_stage_model.transformer.text_model.",
 }
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 PARTS = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
 
 # In files, but not weights of the model: schedule buffers, losses, counters (each a full match).
@@ -248,7 +251,7 @@ def infer_vae(tensors: Tensors) -> dict[str, Any]:
 
 
 def infer_text(tensors: Tensors) -> dict[str, Any]:
-    """Fields of transformers' CLIPTextConfig, with CLIP's rule of 64 channels a head."""
+    """Fields of TextConfig, with CLIP's rule of 64 channels a head."""
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
     return {
         "vocab_size": vocabulary,
@@ -257,10 +260,6 @@ def infer_text(tensors: Tensors) -> dict[str, Any]:
         "num_hidden_layers": count(tensors, r"encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(width // 64, 1),
         "max_position_embeddings": tensors["embeddings.position_embedding.weight"].shape[0],
-        "hidden_act": "quick_gelu",
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-        "pad_token_id": vocabulary - 1,
     }
 
 
@@ -325,3 +324,10 @@ def vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale_factor": config.get("scaling_factor", 0.18215),
         "num_groups": config.get("norm_num_groups", 32),
     }
+
+
+def text_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hub text encoder's config -> fields of TextConfig."""
+    if config.get("architectures") not in (None, ["CLIPTextModel"]):
+        raise ValueError(f"its text encoder is {config['architectures'][0]}, not CLIPTextModel")
+    return {f.name: config[f.name] for f in fields(TextConfig) if f.name in config}

@@ -17,17 +17,12 @@ from torch import Tensor
 
 from . import hub, names
 from .checkpoint import read
-from .text import TOKENIZER_FILES
+from .text import own_names
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
 BUILT_IN = Path(__file__).with_name("shapes.safetensors")
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
-TEXT_FIELDS = [  # of transformers' CLIPTextConfig: those that shape the model
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "hidden_act", "layer_norm_eps"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-]
 
 
 class LoadError(ValueError):
@@ -108,7 +103,7 @@ def find_folder(folder: Path, name: str, variant: str | None) -> Source:
         configs = {
             "unet": names.unet_from_hub(unet_config),
             "vae": names.vae_from_hub(config("vae/config.json")),
-            "text": text_config(config("text_encoder/config.json")),
+            "text": names.text_from_hub(config("text_encoder/config.json")),
         }
     except ValueError as error:
         if isinstance(error, LoadError):
@@ -123,9 +118,7 @@ def find_folder(folder: Path, name: str, variant: str | None) -> Source:
     for part, file in chosen.items():
         tensors = read(folder / file).tensors
         if part == "text":
-            parts[part] = {
-                n.removeprefix("text_model."): t for n, t in tensors.items() if not names.KNOWN_EXTRAS.fullmatch(n)
-            }
+            parts[part] = own_names(tensors)
             continue
         with torch.device("meta"):
             if part == "unet":
@@ -137,18 +130,11 @@ def find_folder(folder: Path, name: str, variant: str | None) -> Source:
                 wanted = VAE(vae).state_dict()
                 table = names.vae_to_hub(wanted, vae)
         parts[part] = names.from_hub(tensors, table, {n: t.shape for n, t in wanted.items()})
-    files = [folder / "tokenizer" / n for n in TOKENIZER_FILES]
+    files = [folder / "tokenizer" / n for n in names.TOKENIZER_FILES]
     texts = {f.name: f.read_text(encoding="utf-8") for f in files} if all(f.exists() for f in files) else None
     side = unet_config.get("sample_size", 64)
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side if isinstance(side, int) else None
     return Source(name, "Hub layout", parts, [], folder / chosen["unet"], configs, tokenizer=texts, size=size)
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a text_encoder/config.json that shape the model."""
-    if config.get("architectures") not in (None, ["CLIPTextModel"]):
-        raise ValueError(f"its text encoder is {config['architectures'][0]}, not CLIPTextModel")
-    return {k: config[k] for k in TEXT_FIELDS if k in config}
 
 
 def refuse_other_kinds(found: Source) -> None:

@@ -1,113 +1,202 @@
-"""Tokenizer and CLIP text encoder: transformers' own, imported on first use.
+"""From prompts to embeddings: transformers' CLIP (Radford et al. 2021, arXiv:2103.00020), tokenizer and model.
 
-Stable Diffusion v1 reads the last hidden state of CLIP ViT-L/14's text model (arXiv:2103.00020), after the
-final LayerNorm, of 77 tokens, with no mask over the padding.
+Importing transformers takes seconds, so a `TextEncoder` begins as what a file holds, sizes, tensors and the two
+texts of a tokenizer, and makes the model and the tokenizer of them when they are first used.
+
+Tensors have their names in CompVis files, without `cond_stage_model.transformer.text_model.`. That is what
+`CLIPTextModel` of transformers 5.6 and later calls them; earlier ones put `text_model.` before every name.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
-
-
-def make_tokenizer(files: Mapping[str, str]) -> Any:
-    """transformers' CLIPTokenizer from the texts of vocab.json and merges.txt."""
-    from transformers import CLIPTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, name) for name in TOKENIZER_FILES]
-        for path in paths:
-            path.write_text(files[path.name], encoding="utf-8")
-        return CLIPTokenizer(*map(str, paths))
+START, END = "<|startoftext|>", "<|endoftext|>"  # the end of text is also what fills up to 77 tokens
 
 
-def make_clip(config: Mapping[str, Any]) -> nn.Module:
-    """transformers' CLIPTextModel on the meta device: its weights come later, by assignment."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a CLIP text encoder; the defaults are Stable Diffusion v1's (names as in transformers)."""
 
-    with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(**config))
-    for module in model.modules():
-        if "position_ids" in module._buffers:  # in no checkpoint, so it is made here
-            length = module._buffers["position_ids"].shape[-1]
-            module._buffers["position_ids"] = torch.arange(length).expand(1, -1)
-    return model
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
 
 
-class TextEncoder(nn.Module):
-    """Texts to embeddings. `tokenizer_files` are kept, so that the model can be saved with them.
+def text_shapes(c: TextConfig) -> dict[str, tuple[int, ...]]:
+    """All tensors of a text encoder and their shapes, without transformers: 196 for Stable Diffusion v1."""
+    d, inner = c.hidden_size, c.intermediate_size
+    linears = {f"self_attn.{p}_proj": (d, d) for p in "qkv"} | {"self_attn.out_proj": (d, d)}
+    linears |= {"mlp.fc1": (inner, d), "mlp.fc2": (d, inner)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (c.vocab_size, d),
+        "embeddings.position_embedding.weight": (c.max_position_embeddings, d),
+    }
+    norms = ["final_layer_norm"]
+    for layer in (f"encoder.layers.{i}" for i in range(c.num_hidden_layers)):
+        for name, shape in linears.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+        norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
+    return shapes | {f"{norm}.{kind}": (d,) for norm in norms for kind in ("weight", "bias")}
 
-    `known_words`, where given, are the words that the model was trained on; others get a warning.
+
+def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIPTextModel's tensors under our names, whichever transformers named them; `position_ids` left out."""
+    return {
+        name.removeprefix("text_model."): t
+        for name, t in tensors.items()
+        if not name.endswith("position_ids")  # saved by transformers before 4.31: 0, 1, 2, ...
+    }
+
+
+def check_vocabulary(config: TextConfig, vocab: str) -> None:
+    """Raise ValueError, the rest of a sentence, unless `vocab` (a vocab.json) belongs to this encoder."""
+    try:
+        ids = json.loads(vocab)
+        sane = isinstance(ids, dict) and all(type(i) is int and i >= 0 for i in ids.values())
+    except (ValueError, RecursionError):
+        sane = False
+    if not sane or START not in ids or END not in ids:
+        raise ValueError(f"vocab.json is no vocabulary of CLIP (tokens and numbers, {START} and {END})")
+    if max(ids.values()) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer numbers tokens up to {max(ids.values())}, the text encoder knows {config.vocab_size}"
+        )
+
+
+class TextEncoder:
+    """Prompts to embeddings.
+
+    config, tensors    sizes and weights; the names of either age of transformers are understood
+    vocab, merges      the texts of CLIP's vocab.json and merges.txt
+    known_words        all words that the model was trained on, if they are few: others get a warning
+
+    `.tokenizer` and `.model` are transformers' CLIPTokenizer and CLIPTextModel, made on first use.
+    Raises ValueError where vocab is no vocabulary of this encoder.
     """
 
     def __init__(
         self,
-        clip: nn.Module,
-        tokenizer_files: Mapping[str, str],
-        known_words: Iterable[str] | None = None,
+        config: TextConfig,
+        tensors: Mapping[str, Tensor],
+        vocab: str,
+        merges: str,
+        known_words: Collection[str] | None = None,
     ):
-        super().__init__()
-        self.clip = clip
-        self.tokenizer_files = dict(tokenizer_files)
-        self.tokenizer = make_tokenizer(tokenizer_files)
-        self.known_words = None if known_words is None else frozenset(known_words)
+        check_vocabulary(config, vocab)
+        self.config = config
+        self.vocab = vocab
+        # Tokenizers skip the first line, some of them whatever it says.
+        self.merges = merges if merges.startswith("#version") else f"#version: 0.2\n{merges}"
+        self.known_words = frozenset(known_words) if known_words is not None else None
+        self._tensors: dict[str, Tensor] | None = own_names(tensors)  # until they are in the model
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:  # transformers 4 takes files only
+            paths = [Path(folder, name) for name in ("vocab.json", "merges.txt")]
+            for path, text in zip(paths, (self.vocab, self.merges), strict=True):
+                path.write_text(text, encoding="utf-8")
+            length = self.config.max_position_embeddings
+            return CLIPTokenizer(*map(str, paths), model_max_length=length, clean_up_tokenization_spaces=True)
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        ids = json.loads(self.vocab)
+        ends = {"bos_token_id": ids[START], "eos_token_id": ids[END], "pad_token_id": ids[END]}
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig(**asdict(self.config), **ends))
+        tensors = self.state_dict()
+        prefix = "text_model." if any(n.startswith("text_model.") for n in model.state_dict()) else ""
+        model.load_state_dict({prefix + name: t for name, t in tensors.items()}, assign=True)
+        positions = torch.arange(self.config.max_position_embeddings, device=self.device)[None]
+        for module in model.modules():  # a buffer that no file holds, so it is still on meta
+            if "position_ids" in module._buffers:
+                module.position_ids = positions
+        self._tensors = None
+        return model.eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under our names."""
+        return self._tensors if self._tensors is not None else own_names(self.model.state_dict())
 
     @property
-    def config(self) -> Any:
-        return self.clip.config
+    def device(self) -> torch.device:
+        return next(iter(self.state_dict().values())).device
 
-    def encode(self, prompts: str | list[str]) -> Tensor:
-        """Texts -> (B, 77, C), on the encoder's device and in its dtype.
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.state_dict().values())).dtype
 
-        Warns of what is cut because a text has more than 77 tokens, and of words that a model with
-        `known_words` was never shown. Raises ValueError for what is no text.
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
+        """Move and convert, in place, tensor by tensor."""
+        if self._tensors is None:
+            self.model.to(device=device, dtype=dtype)
+        else:
+            self._tensors = {name: t.to(device=device, dtype=dtype) for name, t in self._tensors.items()}
+        return self
+
+    def encode(self, prompts: str | Sequence[str]) -> Tensor:
+        """One prompt or several -> (B, 77, C): the last hidden state after the final LayerNorm.
+
+        As StableDiffusionPipeline.encode_prompt of diffusers: each prompt is filled up or cut to 77 tokens,
+        and no attention mask is used. Warns (UserWarning) of what is cut off, with the words, and of words
+        that are not among `known_words`. Raises ValueError for what is not text.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"A prompt must be a text, not {prompts!r}.")
-        if not prompts:
-            raise ValueError("There is no prompt: give a list of one or more texts.")
-        device = next(self.clip.parameters()).device
-        for prompt in prompts:
-            self._warn_of_unknown_words(prompt)
-        return self.clip(self.tokens(list(prompts)).to(device), attention_mask=None)[0]
-
-    def tokens(self, prompts: list[str]) -> Tensor:
-        """Texts -> (B, 77) token ids: start, text, end, and the end again as padding."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, list | tuple) or not texts:
+            raise ValueError(f"A prompt must be a text, or a list of texts, not {_short(prompts)}.")
+        for text in texts:
+            self._check(text)
         length = self.config.max_position_embeddings
-        logger = logging.getLogger("transformers.tokenization_utils_base")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it says less well what the warning below says
-        try:
-            for ids in self.tokenizer(prompts, truncation=False).input_ids:
-                if len(ids) > length:
-                    dropped = self.tokenizer.decode(ids[length - 1 : -1])
-                    warnings.warn(
-                        f"The prompt has {len(ids)} tokens and the model reads {length}: dropped {dropped!r}."
-                    )
-        finally:
-            logger.setLevel(level)
-        return self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids  # (B, 77)
+        return self.model(tokens.to(self.device))[0]
 
-    def _warn_of_unknown_words(self, prompt: str) -> None:
-        if self.known_words is None:
-            return
-        words = dict.fromkeys(re.findall(r"[^\W_]+", prompt.lower()))  # in order, each once
-        unknown = [word for word in words if word not in self.known_words]
-        if unknown:
-            warnings.warn(
-                f"The built-in model does not know {', '.join(map(repr, unknown))}: it knows "
-                "coloured shapes only; for anything else give --model (in Python: sd.load) real weights."
-            )
+    def _check(self, text: Any) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"A prompt must be a text, not {_short(text)}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"A prompt must be valid Unicode, not {_short(text)}.") from error
+        length = self.config.max_position_embeddings
+        tokens = self.tokenizer(text, verbose=False).input_ids  # START, the text, END
+        if len(tokens) > length:
+            dropped = self.tokenizer.decode(tokens[length - 1 : -1]).strip()
+            warnings.warn(f'The prompt is cut after {length - 2} tokens; dropped: "{dropped}".', stacklevel=4)
+        if self.known_words is not None:
+            words = dict.fromkeys(re.findall("[a-z]+", text.lower()))  # each once, in order
+            unknown = [f'"{word}"' for word in words if word not in self.known_words]
+            if unknown:
+                warnings.warn(
+                    f"This model was not trained on {', '.join(unknown)} and will not draw that as you mean it; "
+                    "choose one that was with --model (in Python: sd.load), such as --model sd-v1-4.ckpt.",
+                    stacklevel=4,
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,6 @@
 """Pack what train.py has learned into the one file that `sd.load("shapes")` reads.
 
-    python examples/shapes/export.py runs/shapes sd/shapes.safetensors
+python examples/shapes/export.py runs/shapes sd/shapes.safetensors
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scenes import SIZE
-from train import UNET, VAE_SIZES, Text
+from train import TEXT, UNET, VAE_SIZES, Text
 from vocabulary import WORDS, tokenizer_files
 
 import sd
-from sd.text import TextEncoder
+from sd.text import TextConfig, TextEncoder
 
 
 def trained(folder: Path) -> sd.StableDiffusion:
@@ -34,8 +34,10 @@ def trained(folder: Path) -> sd.StableDiffusion:
     vae.load_state_dict(state("vae", "module"))
     unet = sd.UNet(UNET)
     unet.load_state_dict(state("unet", "ema"))
-    encoder = TextEncoder(text.clip, tokenizer_files(), WORDS)
-    return sd.StableDiffusion(unet.eval(), vae.eval(), encoder.eval(), name="shapes", size=SIZE)
+    files = tokenizer_files()
+    config = TextConfig(**TEXT, vocab_size=text.clip.config.vocab_size)
+    encoder = TextEncoder(config, text.clip.state_dict(), files["vocab.json"], files["merges.txt"], WORDS)
+    return sd.StableDiffusion(unet.eval(), vae.eval(), encoder, name="shapes", size=SIZE)
 
 
 if __name__ == "__main__":

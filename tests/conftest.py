@@ -1,0 +1,14 @@
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests.layouts import make_model
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A small model with random weights; leave it as it is."""
+    return make_model()
