@@ -198,9 +198,10 @@ def kind_of(tensors: Tensors) -> str:
     first = next((t for n, t in tensors.items() if n.endswith("input_blocks.0.0.weight")), None)
     if first is not None and first.ndim == 4 and first.shape[1] != 4:
         return {9: "inpainting", 8: "InstructPix2Pix"}.get(first.shape[1], f"{first.shape[1]}-channel")
-    context = next((t for n, t in tensors.items() if n.endswith("attn2.to_k.weight")), None)
-    if context is not None and context.ndim == 2 and context.shape[1] in (1024, 2048):
-        return {1024: "SD 2", 2048: "SDXL"}[context.shape[1]]
+    contexts = {t.shape[1] for n, t in tensors.items() if n.endswith("attn2.to_k.weight") and t.ndim == 2}
+    for width, kind in ((2048, "SDXL"), (1024, "SD 2")):  # of their text encoders; v1's has 768
+        if width in contexts:
+            return kind
     return "Stable Diffusion v1" if any(split(tensors)[0].values()) else "unknown"
 
 
