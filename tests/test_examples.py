@@ -1,0 +1,95 @@
+"""The examples and the README's code run as they stand."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "shapes"))
+
+import reader  # noqa: E402
+import scenes  # noqa: E402
+import vocabulary  # noqa: E402
+
+import sd  # noqa: E402
+
+
+def run(*args, cwd):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, check=True)
+
+
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("num_inference_steps=30", "num_inference_steps=3"), names)
+    assert Image.open("star.png").size == (128, 128)
+
+
+def test_steps(tmp_path):
+    run(ROOT / "examples" / "steps.py", "a red star", "s.png", cwd=tmp_path)
+    assert Image.open(tmp_path / "s.png").size == (8 * 128, 128)
+
+
+def test_evaluate_prints_shares(tmp_path):
+    script = ROOT / "examples" / "shapes" / "evaluate.py"
+    out = run(script, "--count", 4, "--steps", 2, "--guidance", 4, "--sheet", "s.png", "--all", cwd=tmp_path).stdout
+    assert "% right" in out
+    assert (tmp_path / "s-4.png").exists()
+
+
+def test_every_painted_scene_is_read_back():
+    rng = random.Random(0)
+    for _ in range(150):
+        scene = scenes.random_scene(rng)
+        assert reader.same(reader.read(scenes.paint(scene, rng)), scene), scene.caption()
+
+
+def test_captions():
+    rng = random.Random(1)
+    one = scenes.Scene((scenes.Object("orange", "star", "centre", "small"),), "orange")
+    assert one.caption() == "a small orange star on an orange background"
+    assert one.caption(an=False, with_size=False) == "a orange star on a orange background"
+    pair = scenes.Scene((scenes.Object("red", "star", "top"), scenes.Object("blue", "ring", "bottom")), "white")
+    assert pair.caption() == "a red star above a blue ring on a white background"
+    for _ in range(500):
+        scene = scenes.random_scene(rng)
+        assert all(o.colour != scene.background for o in scene.objects)
+
+
+@pytest.mark.parametrize("blot", ["empty", "three", "scribble"])
+def test_what_is_no_scene_is_not_read(blot):
+    image = Image.new("RGB", (128, 128), scenes.COLOURS["white"])
+    canvas = scenes.ImageDraw.Draw(image)
+    if blot == "three":
+        for x in (20, 64, 108):
+            scenes.draw(canvas, "circle", x, 64, 15, scenes.COLOURS["red"], None)
+    elif blot == "scribble":
+        canvas.line([(10, 10), (110, 30), (20, 60), (110, 100)], fill=scenes.COLOURS["red"], width=6)
+    with pytest.raises(reader.UnreadableError):
+        reader.read(image)
+
+
+def test_every_word_is_one_token():
+    tokenizer = sd.load("shapes").text.tokenizer
+    for word in vocabulary.WORDS:
+        assert len(tokenizer(word).input_ids) == 3, word
+
+
+def test_the_trainer_trains_and_resumes(tmp_path):
+    """Two steps of each stage, then two more; and the result can be packed and drawn with."""
+    script = ROOT / "examples" / "shapes" / "train.py"
+    small = ["--out", tmp_path, "--vae-batch", 2, "--latents", 64, "--unet-batch", 4, "--threads", 1]
+    for steps in (2, 4):
+        run(script, *small, "--text-steps", steps, "--vae-steps", steps, "--unet-steps", steps, cwd=tmp_path)
+    run(ROOT / "examples" / "shapes" / "export.py", tmp_path, tmp_path / "m.safetensors", cwd=tmp_path)
+    (image,) = sd.SimpleSampler(sd.load(tmp_path / "m.safetensors"))("a red star", num_inference_steps=1)
+    assert image.size == (128, 128)
