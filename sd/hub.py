@@ -2,7 +2,7 @@
 
 unet/, vae/       config.json, diffusion_pytorch_model[.fp16].safetensors or .bin
 text_encoder/     config.json, model[.fp16].safetensors or pytorch_model[.fp16].bin
-tokenizer/        vocab.json, merges.txt
+tokenizer/        vocab.json, merges.txt; or tokenizer.json alone, by transformers 5
 scheduler/        scheduler_config.json
 """
 
@@ -12,6 +12,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer Stable Diffusion v1 uses
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,6 +26,7 @@ SMALL = (
     "text_encoder/config.json",
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
+    "tokenizer/tokenizer.json",
     "scheduler/scheduler_config.json",
 )
 
@@ -68,30 +72,35 @@ def download(
 ) -> Path:
     """The needed files of a repository, in huggingface_hub's cache; nothing is fetched twice.
 
-    Without `weights`, only the small files. With HF_HUB_OFFLINE, or no network, from the cache alone.
+    Without `weights`, only the small files: enough to refuse other models before gigabytes have come. With
+    HF_HUB_OFFLINE, or no network, from the cache alone.
     Raises HubError: missing, gated, offline and not cached, or no such revision.
     """
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
         try:
-            files = HfApi(token=token).list_repo_files(repo, revision=revision)
+            files = listing(repo, revision, token)
         except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.GatedRepoError):
             raise
         except Exception as error:  # offline, of one of many kinds: then what the cache holds
-            try:
-                folder = snapshot_download(repo, revision=revision, token=token, local_files_only=True)
-            except Exception:
+            folder = cached(repo, revision)
+            if folder is None:
                 raise HubError(
                     f"{repo} is not in the cache and the Hub cannot be reached ({_brief(error)}): "
                     "connect, unset HF_HUB_OFFLINE, or give a local file or folder."
                 ) from error
-            files = local_files(Path(folder))
             if weights:
-                weight_files(files, variant, f"{repo} in the cache")
-            return Path(folder)
+                weight_files(local_files(folder), variant, f"{repo} in the cache")
+            return folder
         wanted = [f for f in SMALL if f in files]
+        if "unet/config.json" not in wanted:
+            alone = [f for f in files if f.endswith((".ckpt", ".safetensors")) and "/" not in f]
+            hint = f"download {alone[0]} and give its path" if alone else "choose another repository"
+            raise HubError(f"{repo} is not in the layout of diffusers (it has no unet/config.json): {hint}.")
+        if "tokenizer/vocab.json" in wanted:  # then the larger file that says the same is not needed
+            wanted = [f for f in wanted if f != "tokenizer/tokenizer.json"]
         if weights:
             wanted += weight_files(files, variant, repo).values()
         return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=wanted))
@@ -113,15 +122,63 @@ def download(
         ) from error
 
 
-def clip_tokenizer(token: Any = None) -> dict[str, str]:
-    """The texts of CLIP's vocab.json and merges.txt, from the Hub or its cache. Raises HubError."""
-    from huggingface_hub import hf_hub_download
+def listing(repo: str, revision: str | None, token: Any) -> list[str]:
+    """The names of a repository's files. (list_repo_files tries for 20 s where there is no network.)"""
+    from huggingface_hub import HfApi
+
+    return [file.rfilename for file in HfApi(token=token).repo_info(repo, revision=revision).siblings or []]
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The folder in the cache that holds what was fetched of a repository, if that is anything.
+
+    Not by snapshot_download: offline it wants all files of the repository, where we fetch those we need.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, "unet/config.json", revision=revision)
+    return Path(path).parents[1] if isinstance(path, str) else None
+
+
+def look(repo: str, variant: str | None, revision: str | None, token: Any) -> dict[str, dict[str, Tensor]] | None:
+    """The tensors of each part on the meta device, or None where that needs a download (.bin), or offline."""
+    try:
+        files = listing(repo, revision, token)
+    except Exception:  # the cache will do, or `download` says what is wrong
+        return None
+    chosen = weight_files(files, variant, repo)
+    if not all(file.endswith(".safetensors") for file in chosen.values()):
+        return None
+    return {part: remote_tensors(repo, file, revision, token) for part, file in chosen.items()}
+
+
+def remote_tensors(repo: str, file: str, revision: str | None, token: Any) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file on the Hub, on the meta device: only its header is fetched."""
+    from huggingface_hub import HfApi
 
     try:
-        return {
-            name: Path(hf_hub_download(CLIP, name, token=token)).read_text(encoding="utf-8")
-            for name in ("vocab.json", "merges.txt")
-        }
+        header = HfApi(token=token).parse_safetensors_file_metadata(repo, file, revision=revision)
+    except Exception as error:  # the client's and the network's errors are of many kinds
+        raise HubError(f"{file} of {repo} could not be looked at ({_brief(error)}): try again.") from error
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    kinds |= {"I64": torch.int64, "I32": torch.int32}
+    return {
+        name: torch.empty(entry.shape, dtype=kinds.get(entry.dtype, torch.uint8), device="meta")
+        for name, entry in header.tensors.items()
+    }
+
+
+def clip_tokenizer(token: Any = None) -> dict[str, str]:
+    """The texts of CLIP's vocab.json and merges.txt, from the Hub or its cache. Raises HubError."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    def fetch(name: str) -> str:  # these files never change: what is cached needs no network
+        path = try_to_load_from_cache(CLIP, name)
+        path = path if isinstance(path, str) else hf_hub_download(CLIP, name, token=token)
+        return Path(path).read_text(encoding="utf-8")
+
+    try:
+        return {name: fetch(name) for name in ("vocab.json", "merges.txt")}
     except Exception as error:  # the client's and the network's errors are of many kinds
         raise HubError(_brief(error)) from error
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import hub, names
 from .checkpoint import write_safetensors
 from .source import METADATA, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
-from .text import TextConfig, TextEncoder, text_shapes
+from .text import TextConfig, TextEncoder, read_tokenizer, text_shapes
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -102,6 +102,7 @@ def load(
     The parts are in eval mode and take gradients. Raises LoadError, HubError or CheckpointError, all of them
     ValueErrors, in one sentence; a missing, surplus or misshapen tensor is named.
     """
+    check_dtype(dtype)
     found = find(source, revision=revision, token=token, variant=variant)
     refuse_other_kinds(found)
     if ema:
@@ -167,6 +168,7 @@ def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> No
             for name, shape in shapes.items()
             if name in tensors and tuple(tensors[name].shape) != shape
         ],
+        "is not of floating point": [name for name, t in tensors.items() if not t.is_floating_point()],
     }
     for what, bad in wrong.items():
         if bad:
@@ -175,6 +177,11 @@ def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> No
                 f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
                 "the file is incomplete or not of Stable Diffusion v1."
             )
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise LoadError(f"dtype must be torch.float16, bfloat16, float32 or float64, not {dtype!r}.")
 
 
 def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Mapping[str, Any]:
@@ -186,7 +193,12 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
         except (OSError, ValueError) as error:
             raise LoadError(f"The config {config} cannot be read as JSON: {error}.") from None
     parts = set(names.PARTS)
-    if not isinstance(config, Mapping) or not config.keys() <= parts:
+    fields_of = config.values() if isinstance(config, Mapping) else ()
+    if (
+        not isinstance(config, Mapping)
+        or not config.keys() <= parts
+        or not all(isinstance(fields, Mapping) for fields in fields_of)
+    ):
         raise LoadError('A config is of the form {"unet": {...}, "vae": {...}, "text": {...}}.')
     return config
 
@@ -198,11 +210,14 @@ def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token:
     """The texts of vocab.json and merges.txt: from the folder given, else the source, else the Hub."""
     if folder is not None:
         try:
-            return {n: Path(folder, n).read_text(encoding="utf-8") for n in names.TOKENIZER_FILES}
-        except OSError as error:
-            raise LoadError(
-                f"The tokenizer folder {folder} cannot be read ({error}): it needs vocab.json and merges.txt."
-            ) from None
+            if texts := read_tokenizer(Path(folder)):
+                return texts
+            reason = "they are not there"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        raise LoadError(
+            f"The tokenizer folder {folder} cannot be read ({reason}): it needs vocab.json and merges.txt."
+        )
     if found.tokenizer is not None:
         return found.tokenizer
     try:
@@ -231,6 +246,7 @@ def save(
     tensor by tensor, whole or not at all. Raises LoadError where the file exists, unless `force`.
     """
     path = Path(path)
+    check_dtype(dtype)
     if path.exists() and not force:
         raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
     if path.suffix != ".safetensors":
@@ -267,6 +283,7 @@ def convert(
     ema: bool = False,
 ) -> None:
     """Write any source as a self-contained file; dtype None keeps the source's. See `load` and `save`."""
+    check_dtype(dtype)
     if Path(out).exists() and not force:
         raise LoadError(f"{out} exists: choose another name, or write over it with force (--force).")
     found = find(source, revision=revision, token=token, variant=variant)

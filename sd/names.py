@@ -29,7 +29,7 @@ PARTS = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
 # In files, but not weights of the model: schedule buffers, losses, counters (each a full match).
 KNOWN_EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
-    r"|scale_factor|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
+    r"|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
     r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?))"
 )
 
@@ -148,7 +148,7 @@ def split(tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         if KNOWN_EXTRAS.fullmatch(name):
             continue
         part, short = _place(name)
-        if part is None:
+        if part is None or short in parts[part]:  # twice, with a prefix and without: which one is meant?
             unknown.append(name)
         else:
             parts[part][short] = tensor
@@ -177,6 +177,9 @@ def ema_names(names: Iterable[str]) -> dict[str, str]:
 
 # ---- what a file holds, by its names and shapes
 
+CONTEXTS = {1024: "SD 2", 2048: "SDXL"}  # widths of the text's embeddings
+CHANNELS = {9: "inpainting", 8: "InstructPix2Pix"}  # that go into the UNet
+
 
 def kind_of(tensors: Tensors) -> str:
     """A short name for what a file holds: "Stable Diffusion v1", or which other thing."""
@@ -195,13 +198,16 @@ def kind_of(tensors: Tensors) -> str:
         return "ControlNet"
     if any_of("cond_stage_model.model."):
         return "SD 2"
-    first = next((t for n, t in tensors.items() if n.endswith("input_blocks.0.0.weight")), None)
+    inputs = ("input_blocks.0.0.weight", PREFIXES["unet"] + "conv_in.weight")  # CompVis' name, the Hub's
+    first = next((t for n, t in tensors.items() if n.endswith(inputs)), None)
     if first is not None and first.ndim == 4 and first.shape[1] != 4:
-        return {9: "inpainting", 8: "InstructPix2Pix"}.get(first.shape[1], f"{first.shape[1]}-channel")
+        return CHANNELS.get(first.shape[1], f"{first.shape[1]}-channel")
     contexts = {t.shape[1] for n, t in tensors.items() if n.endswith("attn2.to_k.weight") and t.ndim == 2}
-    for width, kind in ((2048, "SDXL"), (1024, "SD 2")):  # of their text encoders; v1's has 768
+    for width in sorted(CONTEXTS, reverse=True):
         if width in contexts:
-            return kind
+            return CONTEXTS[width]
+    if any(re.match(r"(encoder\.)?down_blocks\.", name) for name in names):  # a file out of unet/ or vae/
+        return "the Hub layout's (one part of a model: give the folder around it)"
     return "Stable Diffusion v1" if any(split(tensors)[0].values()) else "unknown"
 
 
@@ -264,38 +270,86 @@ def infer_text(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-# ---- the Hub's config.json files
+# ---- the Hub's config.json files: of diffusers' many options, the one value that Stable Diffusion v1 has.
+# An option left out has that value too; all of them matter, for a wrong one draws wrong pictures silently.
+
+_UNET_OPTIONS: dict[str, Any] = {
+    "act_fn": "silu",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+}
+_VAE_OPTIONS: dict[str, Any] = {
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+_SCHEDULE: dict[str, Any] = {  # how a model was trained; how it is sampled is the caller's choice
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "trained_betas": None,
+}
+_UNET_SIZES = {
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
+    *("attention_head_dim", "num_attention_heads", "norm_num_groups", "transformer_layers_per_block"),
+    *("down_block_types", "up_block_types", "sample_size"),
+    *("addition_embed_type_num_heads", "upcast_attention"),  # without effect here, or only on rounding
+}
+_VAE_SIZES = {
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),
+    *("norm_num_groups", "scaling_factor", "down_block_types", "up_block_types", "sample_size", "force_upcast"),
+}
+
+
+def _refuse_options(config: Mapping[str, Any], fixed: Mapping[str, Any], sizes: Iterable[str], part: str) -> None:
+    """Raise ValueError for an option that has another value than v1's; an unknown one must be off."""
+    for key, value in config.items():
+        value = "silu" if value == "swish" else value  # two names of x * sigmoid(x)
+        if key in sizes or key.startswith("_") or value is None:
+            continue
+        if (value != fixed[key]) if key in fixed else value:
+            raise ValueError(f"its {part} has {key} = {value!r}, which Stable Diffusion v1 does not have")
+
+
+def _widths(config: Mapping[str, Any], part: str) -> list[int]:
+    widths = config.get("block_out_channels")
+    if not isinstance(widths, list) or not all(type(w) is int and w > 0 for w in widths) or not widths:
+        raise ValueError(f"its {part} has block_out_channels = {widths!r}, which are no widths")
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"its {part} has widths {widths}, which are not multiples of the first")
+    return widths
 
 
 def unet_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
     """A Hub UNet's config -> fields of UNetConfig. Raises ValueError naming what this UNet does not do."""
-    widths = config["block_out_channels"]
-    down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+    if other := other_kind(config):
+        raise ValueError(f"it holds {other}")
+    _refuse_options(config, _UNET_OPTIONS, _UNET_SIZES, "UNet")
+    widths = _widths(config, "UNet")
+    down = config.get("down_block_types") or ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"]
+    mirrored = [kind.replace("Down", "Up") for kind in map(str, down[::-1])]
+    up = config.get("up_block_types") or mirrored
+    if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != mirrored or len(down) != len(widths):
+        raise ValueError(f"its UNet has blocks {down} and {up}, which Stable Diffusion v1 does not have")
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    unlike = {
-        "use_linear_projection": (False, None),
-        "class_embed_type": (None,),
-        "num_class_embeds": (None,),
-        "addition_embed_type": (None,),
-        "encoder_hid_dim": (None,),
-        "dual_cross_attention": (False, None),
-        "only_cross_attention": (False, None),
-        "resnet_time_scale_shift": ("default", None),
-        "act_fn": ("silu", "swish", None),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
-        "time_cond_proj_dim": (None,),
-        "center_input_sample": (False, None),
-    }
-    for key, allowed in unlike.items():
-        if config.get(key) not in allowed:
-            raise ValueError(f"its UNet has {key} = {config[key]!r}, which Stable Diffusion v1 does not have")
     if not isinstance(heads, int):
         raise ValueError(f"its UNet has other head counts on other levels ({heads}), as SD 2 and SDXL have")
-    if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
-        raise ValueError(f"its UNet has blocks {down}, which Stable Diffusion v1 does not have")
-    depth = config.get("transformer_layers_per_block", 1)
-    if not isinstance(depth, int) or any(width % widths[0] for width in widths):
-        raise ValueError("its UNet has sizes that Stable Diffusion v1 does not have")
     return {
         "in_channels": config.get("in_channels", 4),
         "out_channels": config.get("out_channels", 4),
@@ -305,16 +359,34 @@ def unet_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_resolutions": tuple(2**i for i, kind in enumerate(down) if kind.startswith("CrossAttn")),
         "num_heads": heads,  # "attention_head_dim": 8 means eight heads
         "context_dim": config.get("cross_attention_dim", 768),
-        "transformer_depth": depth,
+        "transformer_depth": config.get("transformer_layers_per_block", 1),
         "num_groups": config.get("norm_num_groups", 32),
     }
 
 
+def other_kind(config: Mapping[str, Any]) -> str | None:
+    """The name of what a Hub UNet's config is of, where that is another well-known model."""
+    known: dict[str, dict[Any, str]] = {
+        "addition_embed_type": {"text_time": "SDXL"},
+        "cross_attention_dim": CONTEXTS,
+        "in_channels": CHANNELS,
+    }
+    for key, kinds in known.items():
+        value = config.get(key)
+        if isinstance(value, int | str) and value in kinds:
+            return f"{kinds[value]} weights ({key} = {value!r})"
+    return None
+
+
 def vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hub VAE's config -> fields of VAEConfig."""
-    widths = config["block_out_channels"]
-    if config.get("latents_mean") or config.get("shift_factor") or config.get("use_quant_conv") is False:
+    """A Hub VAE's config -> fields of VAEConfig. Raises ValueError naming what this VAE does not do."""
+    if config.get("latents_mean") or config.get("shift_factor"):
         raise ValueError("its VAE is of a newer kind than Stable Diffusion v1's")
+    _refuse_options(config, _VAE_OPTIONS, _VAE_SIZES, "VAE")
+    widths = _widths(config, "VAE")
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if config.get(key, [kind] * len(widths)) != [kind] * len(widths):
+            raise ValueError(f"its VAE has {key} = {config[key]!r}, which Stable Diffusion v1 does not have")
     return {
         "in_channels": config.get("in_channels", 3),
         "out_ch": config.get("out_channels", 3),
@@ -330,5 +402,12 @@ def vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
 def text_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
     """A Hub text encoder's config -> fields of TextConfig."""
     if config.get("architectures") not in (None, ["CLIPTextModel"]):
-        raise ValueError(f"its text encoder is {config['architectures'][0]}, not CLIPTextModel")
+        raise ValueError(f"its text encoder is {config['architectures']}, not CLIPTextModel")
     return {f.name: config[f.name] for f in fields(TextConfig) if f.name in config}
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a scheduler_config.json of a model that was trained otherwise than v1."""
+    for key, value in _SCHEDULE.items():
+        if key in config and config[key] != value:
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, and v1 with {value!r}")

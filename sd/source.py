@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import hub, names
 from .checkpoint import read
-from .text import own_names
+from .text import TextConfig, own_names, read_tokenizer
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -44,6 +44,7 @@ class Source:
     known_words: list[str] | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None  # why `load` refuses it, where `find` was told to look only
 
 
 def find(
@@ -52,24 +53,36 @@ def find(
     revision: str | None = None,
     token: Any = None,
     variant: str | None = None,
+    look: bool = False,
 ) -> Source:
-    """Look at a source without loading it: tensors are names, shapes and a memory map. Raises as `load` does."""
+    """Look at a source without loading it: tensors are names, shapes and a memory map. Raises as `load` does.
+
+    With `look`, the weights of a repository are not downloaded (only .safetensors headers are), and a folder
+    that `load` refuses is described, with the reason as `problem`.
+    """
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
+        raise LoadError(f"A source is a path, a repository's name or 'shapes', not {source!r}.")
     if source == "shapes":
         if not BUILT_IN.exists():
             raise LoadError(f"The built-in model is missing ({BUILT_IN.name}): install the package again.")
         return find_file(BUILT_IN, "shapes")
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        return find_folder(path, str(source), variant)
-    if path.exists():
-        return find_file(path, path.name)
     text = os.fspath(source)
+    if text and path.is_dir():  # Path("") is the folder here
+        return find_folder(path, text, variant, look)
+    if text and path.exists():
+        return find_file(path, path.name)
     looks_like_file = path.suffix.lower() in {".ckpt", ".safetensors", ".pt", ".pth", ".bin"}
     if not looks_like_file and hub.REPO_ID.fullmatch(text) and not text.startswith("."):
-        return find_folder(hub.download(text, variant=variant, revision=revision, token=token), text, variant)
+        folder = hub.download(text, variant=variant, revision=revision, token=token, weights=False)
+        if not look:
+            read_configs(folder, text)  # refuses other models before their gigabytes come
+        elif headers := hub.look(text, variant, revision, token):
+            return describe_folder(folder, text, headers, folder, look)
+        return find_folder(hub.download(text, variant=variant, revision=revision, token=token), text, variant, look)
     raise LoadError(
-        f"There is no file or folder {text}: give a .ckpt or .safetensors file, a folder of the Hub's layout, "
-        'a repository such as CompVis/stable-diffusion-v1-4, or "shapes", the built-in model.'
+        f"There is no file or folder {text or repr(text)}: give a .ckpt or .safetensors file, a folder of the Hub's "
+        'layout, a repository such as CompVis/stable-diffusion-v1-4, or "shapes", the built-in model.'
     )
 
 
@@ -83,58 +96,98 @@ def find_file(path: Path, name: str) -> Source:
             found.configs, found.tokenizer = ours["config"], ours["tokenizer"]
             found.size, found.known_words = ours["image_size"], ours["known_words"]
             found.kind = "self-contained file"
-        except (ValueError, KeyError, TypeError) as error:
+            sound = all(isinstance(found.configs[part], dict) for part in names.PARTS)
+            sound &= all(isinstance(found.tokenizer[name], str) for name in names.TOKENIZER_FILES)
+            sound &= type(found.size) is int and found.size > 0
+            sound &= all(isinstance(word, str) for word in found.known_words or [])
+            if not sound:
+                raise ValueError("values of other types")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LoadError(f"{path} has damaged metadata ({error!r}): convert it again.") from None
     return found
 
 
-def find_folder(folder: Path, name: str, variant: str | None) -> Source:
+# ---- the Hub's layout
+
+
+def find_folder(folder: Path, name: str, variant: str | None, look: bool = False) -> Source:
     """A folder of the Hub's layout; tensors get their CompVis names here."""
+    if not (folder / "unet/config.json").is_file():
+        files = sorted(p.name for p in folder.iterdir() if p.suffix in {".ckpt", ".safetensors"})
+        hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
+        raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
     chosen = hub.weight_files(hub.local_files(folder), variant, name)
+    tensors = {part: read(folder / file).tensors for part, file in chosen.items()}
+    return describe_folder(folder, name, tensors, folder / chosen["unet"], look)
 
-    def config(where: str) -> dict[str, Any]:
-        try:
-            return json.loads((folder / where).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{name} has no readable {where} ({error}): give the whole folder.") from None
 
+def describe_folder(
+    folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], weights: Path, look: bool
+) -> Source:
+    """The tensors of a Hub layout under CompVis names; with `look`, under their own where that fails."""
     try:
-        unet_config = config("unet/config.json")
-        configs = {
-            "unet": names.unet_from_hub(unet_config),
-            "vae": names.vae_from_hub(config("vae/config.json")),
-            "text": names.text_from_hub(config("text_encoder/config.json")),
-        }
-    except ValueError as error:
-        if isinstance(error, LoadError):
+        configs = read_configs(folder, name)
+        parts = {part: rename(part, found, configs) for part, found in tensors.items()}
+    except LoadError as error:
+        if not look:
             raise
-        raise LoadError(f"{name} is not Stable Diffusion v1: {error}.") from None
-    scheduler = folder / "scheduler/scheduler_config.json"
-    settings = config("scheduler/scheduler_config.json") if scheduler.exists() else {}
-    if (kind := settings.get("prediction_type", "epsilon")) != "epsilon":
-        raise LoadError(f"{name} is not Stable Diffusion v1: it predicts {kind}, not the noise.")
+        return Source(name, "Hub layout", dict(tensors), [], weights, problem=str(error))
+    try:
+        texts = read_tokenizer(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{name} has a tokenizer that cannot be read ({error}): replace it.") from None
+    side = read_json(folder, name, "unet/config.json").get("sample_size") or 64
+    side = side if type(side) is int else 64
+    size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
+    return Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
 
-    parts: dict[str, dict[str, Tensor]] = {}
-    for part, file in chosen.items():
-        tensors = read(folder / file).tensors
-        if part == "text":
-            parts[part] = own_names(tensors)
-            continue
-        with torch.device("meta"):
-            if part == "unet":
-                unet = config_of(UNetConfig, configs["unet"])
-                wanted = UNet(unet).state_dict()
-                table = names.unet_to_hub(wanted, unet)
-            else:
-                vae = config_of(VAEConfig, configs["vae"])
-                wanted = VAE(vae).state_dict()
-                table = names.vae_to_hub(wanted, vae)
-        parts[part] = names.from_hub(tensors, table, {n: t.shape for n, t in wanted.items()})
-    files = [folder / "tokenizer" / n for n in names.TOKENIZER_FILES]
-    texts = {f.name: f.read_text(encoding="utf-8") for f in files} if all(f.exists() for f in files) else None
-    side = unet_config.get("sample_size", 64)
-    size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side if isinstance(side, int) else None
-    return Source(name, "Hub layout", parts, [], folder / chosen["unet"], configs, tokenizer=texts, size=size)
+
+def rename(part: str, tensors: dict[str, Tensor], configs: Mapping[str, Any]) -> dict[str, Tensor]:
+    if part == "text":
+        return own_names(tensors)
+    with torch.device("meta"):
+        if part == "unet":
+            unet = config_of(UNetConfig, configs["unet"])
+            wanted = UNet(unet).state_dict()
+            table = names.unet_to_hub(wanted, unet)
+        else:
+            vae = config_of(VAEConfig, configs["vae"])
+            wanted = VAE(vae).state_dict()
+            table = names.vae_to_hub(wanted, vae)
+    return names.from_hub(tensors, table, {n: t.shape for n, t in wanted.items()})
+
+
+def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / where).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{name} has no readable {where} ({error}): give the whole folder.") from None
+    return content
+
+
+def read_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The sizes of the three parts. Raises LoadError for what is no Stable Diffusion v1."""
+    try:
+        configs = {
+            "unet": names.unet_from_hub(read_json(folder, name, "unet/config.json")),
+            "vae": names.vae_from_hub(read_json(folder, name, "vae/config.json")),
+            "text": names.text_from_hub(read_json(folder, name, "text_encoder/config.json")),
+        }
+        if (folder / "scheduler/scheduler_config.json").exists():
+            names.check_schedule(read_json(folder, name, "scheduler/scheduler_config.json"))
+        config_of(UNetConfig, configs["unet"])
+        config_of(VAEConfig, configs["vae"])
+        config_of(TextConfig, configs["text"])
+    except LoadError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise LoadError(
+            f"{name} is not Stable Diffusion v1, text to image: {error}; give a v1 model, such as "
+            "CompVis/stable-diffusion-v1-4."
+        ) from None
+    return configs
 
 
 def refuse_other_kinds(found: Source) -> None:
@@ -167,13 +220,46 @@ def ema_weights(found: Source) -> dict[str, Tensor]:
     return {name: found.tensors[flat] for name, flat in table.items()}
 
 
+MOST = {"num_res_blocks": 16, "transformer_depth": 64, "channel_mult": 64, "num_hidden_layers": 128}
+
+
 def config_of(kind: type, settings: Mapping[str, Any]) -> Any:
-    """A config dataclass from fields, with lists (of JSON) as tuples."""
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(settings.keys() - known)
+    """A config dataclass from fields, with lists (of JSON) as tuples. Raises LoadError for unfit values.
+
+    Every size is bounded: a file's word for it must not make us build layers for hours.
+    """
+    known = {f.name: f for f in fields(kind)}
+    unknown = sorted(settings.keys() - known.keys())
     if unknown:
         raise LoadError(f"config: {kind.__name__} has no {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    for key, value in settings.items():
+        default = known[key].default
+        if isinstance(default, str):
+            sound = value in ("quick_gelu", "gelu")  # hidden_act; v1's is the first
+        elif isinstance(default, float):
+            sound = isinstance(value, int | float) and 0 < value < 1e6
+        else:
+            numbers = value if isinstance(value, tuple) and isinstance(default, tuple) else (value,)
+            sound = len(numbers) <= 8 and all(type(n) is int and 0 < n <= MOST.get(key, 1 << 17) for n in numbers)
+        if not sound or (value == () and key == "channel_mult"):
+            raise LoadError(f"config: {kind.__name__} cannot have {key} = {value!r}: give it a usable size.")
+    config = kind(**settings)
+    if kind is TextConfig:
+        divided = {"num_attention_heads": [config.hidden_size]}
+    elif kind is VAEConfig:
+        divided = {"num_groups": [config.ch * m for m in (1, *config.ch_mult)]}
+    else:
+        widths = [config.model_channels * m for m in (1, *config.channel_mult)]
+        divided = {"num_groups": widths, "num_heads": widths[1:]}
+    for key, widths in divided.items():
+        if odd := [width for width in widths if width % getattr(config, key)]:
+            part = kind.__name__.removesuffix("Config").lower()
+            raise LoadError(
+                f"config: {odd[0]} channels cannot be split by {key} = {getattr(config, key)}: "
+                f'give it as config, {{"{part}": {{"{key}": ...}}}}.'
+            )
+    return config
 
 
 # ---- looking
@@ -187,7 +273,13 @@ def info(
     token: Any = None,
 ) -> dict[str, Any]:
     """What a source holds, as plain data, without loading its weights; also of files that `load` refuses."""
-    found = find(source, revision=revision, variant=variant, token=token)
+    found = find(source, revision=revision, variant=variant, token=token, look=True)
+    problem = found.problem
+    if problem is None:
+        try:
+            refuse_other_kinds(found)
+        except LoadError as error:
+            problem = str(error)
     tensors = found.tensors or {f"{p}.{n}": t for p, ts in found.parts.items() for n, t in ts.items()}
     prefixed = found.tensors or {names.PREFIXES[p] + n: t for p, ts in found.parts.items() for n, t in ts.items()}
     configs = dict(found.configs)
@@ -216,6 +308,7 @@ def info(
         "tokenizer": found.tokenizer is not None,
         "image_size": found.size,
         "unknown": found.unknown,
+        "problem": problem,
         "metadata": {k: v for k, v in found.metadata.items() if k != METADATA},
     }
 
@@ -243,4 +336,6 @@ def format_info(facts: Mapping[str, Any]) -> str:
         lines.append(
             f"unknown       {len(facts['unknown'])} tensors: {shown}{', ...' if facts['unknown'][5:] else ''}"
         )
+    if facts["problem"]:
+        lines.append(f"not loaded    {facts['problem']}")
     return "\n".join(lines)

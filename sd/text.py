@@ -65,8 +65,30 @@ def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def check_vocabulary(config: TextConfig, vocab: str) -> None:
-    """Raise ValueError, the rest of a sentence, unless `vocab` (a vocab.json) belongs to this encoder."""
+def read_tokenizer(folder: Path) -> dict[str, str] | None:
+    """The texts of vocab.json and merges.txt in a folder, or None. Raises OSError, ValueError.
+
+    transformers 5 saves a tokenizer.json in their place, which has both inside.
+    """
+    files = [folder / name for name in ("vocab.json", "merges.txt")]
+    if all(file.is_file() for file in files):
+        return {file.name: file.read_text(encoding="utf-8") for file in files}
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        vocab = json.dumps(model["vocab"], ensure_ascii=False)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"tokenizer.json holds no vocabulary and merges ({error!r})") from None
+    return {"vocab.json": vocab, "merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
+
+
+def check_tokenizer(config: TextConfig, vocab: str, merges: str) -> None:
+    """Raise ValueError, the rest of a sentence, unless these files are a tokenizer of this encoder.
+
+    The tokenizer itself is made later, and says less clearly what is wrong.
+    """
     try:
         ids = json.loads(vocab)
         sane = isinstance(ids, dict) and all(type(i) is int and i >= 0 for i in ids.values())
@@ -78,6 +100,10 @@ def check_vocabulary(config: TextConfig, vocab: str) -> None:
         raise ValueError(
             f"the tokenizer numbers tokens up to {max(ids.values())}, the text encoder knows {config.vocab_size}"
         )
+    for merge in merges.split("\n")[1:]:
+        pair = merge.split(" ")
+        if merge.strip() and (len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys()):
+            raise ValueError(f"merges.txt does not belong to vocab.json ({merge[:40]!r})")
 
 
 class TextEncoder:
@@ -88,7 +114,7 @@ class TextEncoder:
     known_words        all words that the model was trained on, if they are few: others get a warning
 
     `.tokenizer` and `.model` are transformers' CLIPTokenizer and CLIPTextModel, made on first use.
-    Raises ValueError where vocab is no vocabulary of this encoder.
+    Raises ValueError where vocab and merges are no tokenizer of this encoder.
     """
 
     def __init__(
@@ -99,11 +125,11 @@ class TextEncoder:
         merges: str,
         known_words: Collection[str] | None = None,
     ):
-        check_vocabulary(config, vocab)
         self.config = config
         self.vocab = vocab
         # Tokenizers skip the first line, some of them whatever it says.
         self.merges = merges if merges.startswith("#version") else f"#version: 0.2\n{merges}"
+        check_tokenizer(config, vocab, self.merges)
         self.known_words = frozenset(known_words) if known_words is not None else None
         self._tensors: dict[str, Tensor] | None = own_names(tensors)  # until they are in the model
 

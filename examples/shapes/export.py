@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scenes import SIZE
-from train import TEXT, UNET, VAE_SIZES, Text
+from train import SPREAD, TEXT, UNET, VAE_SIZES, Text
 from vocabulary import WORDS, tokenizer_files
 
 import sd
@@ -28,8 +28,8 @@ def trained(folder: Path) -> sd.StableDiffusion:
 
     text = Text(folder)
     text.load_state_dict(state("text", "module"))
-    # The trainer divides latents by their standard deviation: that is the scale factor of the model.
-    scale = 1 / torch.load(folder / "latents.pt", weights_only=True).std().item()
+    # The trainer scales latents to a standard deviation of SPREAD: that is the scale factor of the model.
+    scale = SPREAD / torch.load(folder / "latents.pt", weights_only=True).std().item()
     vae = sd.VAE(replace(VAE_SIZES, scale_factor=scale))
     vae.load_state_dict(state("vae", "module"))
     unet = sd.UNet(UNET)

@@ -42,6 +42,10 @@ UNET = UNetConfig(
     context_dim=128,
 )
 VAE_SIZES = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, num_groups=16, scale_factor=1.0)
+# Latents are scaled to this standard deviation, where Stable Diffusion's have 1. A picture of flat areas says its
+# colours so many times over that at 1 they are decided in the very first steps, faster than PNDM can follow with
+# guidance: a model without any error would paint 14 % of backgrounds wrong at 7.5 and 30 steps; at 0.25, none.
+SPREAD = 0.25
 TEXT = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -210,7 +214,7 @@ def train_vae(vae: VAE, out: Path, steps: int, batch: int, device: str) -> None:
 
 
 def make_latents(vae: VAE, count: int, out: Path, device: str) -> tuple[Tensor, list[Scene]]:
-    """`count` scenes and their latents, scaled to unit variance; kept in a file."""
+    """`count` scenes and their latents, scaled to a standard deviation of `SPREAD`; kept in a file."""
     rng = random.Random("latents")
     scenes, latents, path = [], [], out / "latents.pt"
     for _ in tqdm(range(0, count, 64), desc="latents", mininterval=10):
@@ -223,7 +227,7 @@ def make_latents(vae: VAE, count: int, out: Path, device: str) -> tuple[Tensor, 
     if not path.exists():
         torch.save(torch.cat(latents), path)
     z = torch.load(path, weights_only=True)
-    return z / z.std(), scenes
+    return z * (SPREAD / z.std()), scenes
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

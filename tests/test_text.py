@@ -1,0 +1,133 @@
+"""Prompts to embeddings: what is said about them, and the tokenizers that a text encoder can have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from sd.text import TextEncoder, read_tokenizer, text_shapes
+from tests.layouts import tokenizer_files
+
+
+@pytest.fixture
+def fresh(tiny):
+    """The tiny model's text encoder, before its first use."""
+
+    def make(**changes):
+        texts = {"vocab": tiny.text.vocab, "merges": tiny.text.merges} | changes
+        return TextEncoder(tiny.text.config, tiny.text.state_dict(), **texts)
+
+    return make
+
+
+def test_a_text_and_a_list_of_one_are_the_same(tiny):
+    assert torch.equal(tiny.encode_prompt("a star"), tiny.encode_prompt(["a star"]))
+    assert tiny.encode_prompt("").shape == (1, 77, 64)
+
+
+def test_nothing_is_said_about_a_prompt_that_fits(tiny, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.encode_prompt(["a star", "s" * 60])
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("letters", [75, 76, 77, 200])
+def test_what_is_cut_is_quoted(tiny, letters, capfd):
+    """75 tokens fit between the start and the end; here every letter is one."""
+    text = " ".join("abcdefghij"[i % 10] for i in range(letters))
+    if letters == 75:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tiny.encode_prompt(text)
+        return
+    with pytest.warns(UserWarning, match="cut after 75 tokens") as caught:
+        got = tiny.encode_prompt(text)
+    assert f'dropped: "{text[150:]}"' in str(caught[0].message)
+    assert len(caught) == 1
+    assert torch.equal(got, tiny.encode_prompt(text[:149]))
+    assert capfd.readouterr().err == ""  # transformers says nothing on its own
+
+
+def test_unknown_words_are_named_once_with_the_remedy(fresh):
+    text = fresh(known_words=["a", "red", "star"])
+    with pytest.warns(UserWarning, match="--model") as caught:
+        text.encode("A Red HORSE, a horse and a star")
+    assert '"horse", "and"' in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.encode("A red STAR.")
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"a star", [], ["a", 3], {"a"}, "\ud800", ["a", "b\udcff"]])
+def test_what_is_no_text_is_refused(tiny, prompt):
+    with pytest.raises(ValueError, match=r"^A prompt must be") as caught:
+        tiny.encode_prompt(prompt)
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab": "no json"}, "no vocabulary of CLIP"),
+        ({"vocab": "[]"}, "no vocabulary of CLIP"),
+        ({"vocab": '{"a": 0}'}, "no vocabulary of CLIP"),
+        ({"vocab": '{"<|startoftext|>": "x", "<|endoftext|>": 1}'}, "no vocabulary of CLIP"),
+        ({"vocab": '{"<|startoftext|>": 0, "<|endoftext|>": 999}'}, "tokens up to 999, the text encoder knows 517"),
+        ({"merges": "#version: 0.2\nq z\n"}, r"merges.txt does not belong to vocab.json \('q z'\)"),
+        ({"merges": "#version: 0.2\none two three\n"}, "merges.txt does not belong"),
+    ],
+)
+def test_a_wrong_tokenizer_is_refused_at_once(fresh, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fresh(**changes)
+
+
+def test_merges_without_their_first_line(fresh, tiny):
+    text = fresh(merges="s t\na r</w>\nst ar</w>\n")
+    assert text.tokenizer("star").input_ids == tiny.text.tokenizer("star").input_ids
+
+
+def test_a_tokenizer_as_transformers_5_saves_it(tiny, tmp_path):
+    """tokenizer.json alone, and the texts in it are those of the two files."""
+    tiny.text.tokenizer.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):  # transformers 4 writes these
+        (tmp_path / name).unlink(missing_ok=True)
+    if not (tmp_path / "tokenizer.json").exists():
+        pytest.skip("this transformers writes no tokenizer.json")
+    texts = read_tokenizer(tmp_path)
+    assert json.loads(texts["vocab.json"]) == json.loads(tokenizer_files()["vocab.json"])
+    assert texts["merges.txt"] == tokenizer_files()["merges.txt"]
+    assert read_tokenizer(tmp_path / "nothing") is None
+    (tmp_path / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(ValueError, match="holds no vocabulary"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_names_of_either_age_of_transformers(tiny, prefix):
+    tensors = {prefix + n: t for n, t in tiny.text.state_dict().items()}
+    tensors[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+    text = TextEncoder(tiny.text.config, tensors, tiny.text.vocab, tiny.text.merges)
+    assert torch.equal(text.encode("a star"), tiny.text.encode("a star"))
+    assert text.state_dict().keys() == text_shapes(text.config).keys()
+    assert not any(t.is_meta for t in [*text.model.parameters(), *text.model.buffers()])
+
+
+def test_conversion_before_and_after_first_use(fresh):
+    early, late = fresh().to(dtype=torch.bfloat16), fresh()
+    late.encode("a")
+    late.to(dtype=torch.bfloat16)
+    assert early.dtype == late.dtype == torch.bfloat16
+    assert torch.equal(early.encode("a star"), late.encode("a star"))
+
+
+def test_importing_it_imports_no_transformers():
+    code = "import sys, sd.text, sd.loader; assert not {'transformers', 'huggingface_hub'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
