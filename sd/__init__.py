@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import attention, chunked_attention, use_attention
     from .checkpoint import CheckpointError
+    from .lean import LeanSampler
     from .loader import StableDiffusion, convert, load, save
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
     from .scheduler import DDIM, LMS, PNDM, NoiseSchedule
@@ -27,6 +28,7 @@ _HOME = {
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule"], "scheduler"),
     **dict.fromkeys(["StableDiffusion", "convert", "load", "save"], "loader"),
+    "LeanSampler": "lean",
     **dict.fromkeys(["LoadError", "info"], "source"),
     **dict.fromkeys(["NotFiniteError", "SimpleSampler", "Step", "denoise"], "sampler"),
 }
@@ -36,6 +38,7 @@ __all__ = [
     "PNDM",
     "VAE",
     "CheckpointError",
+    "LeanSampler",
     "LoadError",
     "NoiseSchedule",
     "NotFiniteError",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -21,37 +22,87 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class Workspace:
+    """Memory for `chunked_attention`, allocated once and used by call after call."""
+
+    def __init__(self) -> None:
+        self.flat = torch.empty(0)
+
+    def take(self, like: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Uninitialised tensors of these shapes on the device of `like`; those taken before are invalid."""
+        sizes = [prod(shape) for shape in shapes]
+        if self.flat.numel() < sum(sizes) or self.flat.dtype != dtype or self.flat.device != like.device:
+            self.flat = torch.empty(sum(sizes), dtype=dtype, device=like.device)
+        return [part.view(shape) for part, shape in zip(self.flat[: sum(sizes)].split(sizes), shapes, strict=True)]
+
+
 @torch.no_grad()
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 1024) -> Tensor:
-    """The same function as `attention` in bounded memory: never more than chunk x chunk scores a head.
+def chunked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: int = 1024,
+    *,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """The same function as `attention` in bounded memory: never more than chunk x chunk scores.
 
     Slices of queries are independent. Slices of keys are not: a softmax over each would normalise by the
     wrong sum, so the maximum and the sum are carried from slice to slice and the result is divided at
     the end (Milakov & Gimelshein 2018, arXiv:1805.02867; Rabe & Staats 2021, arXiv:2112.05682).
 
     Half precision is computed in float32, one slice at a time, so that large logits stay finite.
+    With `out`, of the shape of the result, and a `workspace` that has been used before, nothing is allocated;
+    `out` may be q itself, for a slice of q is not needed once its result is known.
     For inference: no gradients flow. Raises ValueError if `chunk` is not a positive int.
     """
-    if chunk < 1:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}: it is the number of queries in a slice.")
+    heads, queries, dim = q.shape[-3:]
+    keys, dim_v = v.shape[-2:]
+    out = q.new_empty(*q.shape[:-1], dim_v) if out is None else out
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    for out_slice, q_slice in zip(out.split(chunk, dim=-2), q.split(chunk, dim=-2), strict=True):
-        q_slice = q_slice.to(dtype) * scale
-        top = q_slice.new_full((*q_slice.shape[:-1], 1), -torch.inf)  # (B, heads, chunk, 1)
-        total = torch.zeros_like(top)
-        acc = q_slice.new_zeros(out_slice.shape)
-        for k_slice, v_slice in zip(k.split(chunk, dim=-2), v.split(chunk, dim=-2), strict=True):
-            scores = q_slice @ k_slice.to(dtype).transpose(-1, -2)  # (B, heads, chunk, chunk)
-            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-            scores.sub_(new_top).exp_()
-            shrink = (top - new_top).exp_()  # 0 at the first slice, where top is -inf
-            total.mul_(shrink).add_(scores.sum(-1, keepdim=True))
-            acc.mul_(shrink).add_(scores @ v_slice.to(dtype))
-            top = new_top
-        out_slice.copy_(acc.div_(total))
+    c, s = min(chunk, queries), min(chunk, keys)
+    group = max(1, min(heads, chunk * chunk // (c * s)))  # heads at once: several where sequences are short
+    wide = () if q.dtype == dtype else ((group, c, dim), (group, s, dim), (group, s, dim_v))
+    shapes = ((group, c, s), (group, c, dim_v), *4 * ((group, c, 1),), *wide)
+    spaces = (workspace or Workspace()).take(q, dtype, *shapes)
+
+    for b in range(len(q)):
+        for h in range(0, heads, group):
+            of = slice(h, h + group)
+            for i in range(0, queries, c):
+                rows = out[b, of, i : i + c]
+                fits = [x[: len(rows), : rows.shape[1]] for x in spaces[:6]]
+                rows.copy_(_attend(q[b, of, i : i + c], k[b, of], v[b, of], s, fits, spaces[6:]))
     return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, chunk: int, spaces: list[Tensor], wide: list[Tensor]) -> Tensor:
+    """One slice of queries, q (heads, c, D), over all keys, in the memory of `spaces`."""
+    scores, acc, top, total, shrink, new = spaces
+    top.fill_(-torch.inf)
+    total.zero_()
+    acc.zero_()
+    if wide:
+        q = wide[0][: len(q), : q.shape[1]].copy_(q)
+    for j in range(0, k.shape[1], chunk):
+        k_slice, v_slice = k[:, j : j + chunk], v[:, j : j + chunk]
+        if wide:
+            k_slice = wide[1][: len(k), : k_slice.shape[1]].copy_(k_slice)
+            v_slice = wide[2][: len(v), : v_slice.shape[1]].copy_(v_slice)
+        part = scores[..., : k_slice.shape[1]]
+        torch.baddbmm(part, q, k_slice.mT, beta=0, alpha=q.shape[-1] ** -0.5, out=part)  # (heads, c, s)
+        torch.amax(part, -1, keepdim=True, out=new)
+        torch.maximum(new, top, out=new)
+        part.sub_(new).exp_()
+        torch.sub(top, new, out=shrink).exp_()  # 0 at the first slice, where top is -inf
+        acc.mul_(shrink).baddbmm_(part, v_slice)
+        torch.sum(part, -1, keepdim=True, out=top)
+        total.mul_(shrink).add_(top)
+        top.copy_(new)
+    return acc.div_(total)
 
 
 @contextmanager

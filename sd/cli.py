@@ -15,6 +15,7 @@ from . import __version__
 
 if TYPE_CHECKING:
     from .loader import StableDiffusion
+    from .sampler import SimpleSampler
 
 DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
     "prompt": None,
@@ -70,7 +71,9 @@ def draw_parser() -> argparse.ArgumentParser:
     add("--scheduler", metavar="NAME", help="pndm, ddim or lms; pndm")
     add("--eta", type=float, help="0 to 1, how much noise ddim draws anew; 0")
     add("--again", metavar="PNG", help="draw a picture of `artist` again; other options change it")
-    add("--variant", choices=["simple"], help="how the work is done")
+    add("--variant", choices=["simple", "lean"], help="how the work is done: simple; lean, in little memory")
+    add("--memory", metavar="SIZE", help="what lean may take: 600MB, 1.5GB; most of what is free")
+    add("--plan", action="store_true", help="say how lean would go about it and what it takes; draw nothing")
     add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
     add(
         "--dtype",
@@ -169,7 +172,18 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
         tokenizer=given.get("tokenizer"),
         config=given.get("config"),
         ema=settings["ema"],
+        lazy=given.get("variant") == "lean",
     )
+
+
+def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:
+    if given.get("variant") == "lean":
+        from .lean import LeanSampler
+
+        return LeanSampler(model, given.get("memory"))
+    from .sampler import SimpleSampler
+
+    return SimpleSampler(model)
 
 
 def draw(given: dict[str, Any]) -> None:
@@ -177,23 +191,32 @@ def draw(given: dict[str, Any]) -> None:
     count = given.get("count", 1)
     if not 1 <= count <= 10_000:
         raise CommandError(f"--count must be from 1 to 10000, not {count}.")
-    paths = outputs(given, count)
+    lean = [f"--{option}" for option in ("memory", "plan") if option in given]
+    if lean and given.get("variant") != "lean":
+        raise CommandError(f"{lean[0]} is of --variant lean only: give that too.")
+    if "memory" in given:
+        from .plan import bytes_of
+
+        bytes_of(given["memory"])  # before the model is loaded
+    paths = [] if "plan" in given else outputs(given, count)
 
     from tqdm import tqdm
 
     from .image import save_png
-    from .sampler import SimpleSampler
 
     model = load_model(settings, given)
     known = settings.get("model_hash")
     if known and known != model.hash:
         warnings.warn(f"{given['again']} was drawn with other weights (hash {known}, now {model.hash}).")
-    sampler = SimpleSampler(model)
+    sampler = make_sampler(model, given)
     call = {
         k: settings[k]
         for k in DEFAULTS
         if k not in ("prompt", "seed", "model", "revision", "hub_variant", "ema", "dtype")
     }
+    if "plan" in given:
+        print(sampler.plan(settings["prompt"], **call))  # type: ignore[attr-defined]
+        return
     for k, path in enumerate(paths):
         start, seed = time.perf_counter(), settings["seed"] + k
         request = sampler.request(settings["prompt"], seed=seed, **call)

@@ -37,19 +37,22 @@ class StableDiffusion:
         name: str = "",
         size: int = 512,
         weights: Path | None = None,
+        lazy: tuple[torch.device, torch.dtype] | None = None,
     ):
         self.unet, self.vae, self.text = unet, vae, text
+        self._lazy = lazy  # where and in what to compute, while the weights are still as they are in the file
         self.name = name
         self.size = size  # pixels along an edge that it was trained for
         self._weights = weights
+        self._weights_size = weights.stat().st_size if weights is not None else 0
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return self._lazy[0] if self._lazy else next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return self._lazy[1] if self._lazy else next(self.unet.parameters()).dtype
 
     @property
     def hash(self) -> str | None:
@@ -64,13 +67,28 @@ class StableDiffusion:
                 self._hash = digest.hexdigest()[:10]
         return self._hash
 
+    def check_file(self) -> None:
+        """Raise LoadError if the file that a lazy model computes from is gone, or has become shorter."""
+        if self._lazy is None or self._weights is None:
+            return
+        size = self._weights.stat().st_size if self._weights.exists() else 0
+        if size < self._weights_size:
+            what = "is gone" if not size else f"has shrunk from {self._weights_size} to {size} bytes"
+            raise LoadError(f"{self._weights} {what} while it was in use: put it back, and draw again.")
+
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
         """Texts -> (B, 77, C); see `TextEncoder.encode` for warnings and errors."""
         return self.text.encode(prompts)
 
+    def ready(self) -> StableDiffusion:
+        """The model with its weights where and in what it computes; one that is loaded lazily is loaded now."""
+        return self.to(self.device, self.dtype) if self._lazy else self
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Move or convert the three parts in place, and return the model."""
+        if self._lazy is not None:
+            device, dtype, self._lazy = device or self._lazy[0], dtype or self._lazy[1], None
         self.unet.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         self.text.to(device=device, dtype=dtype)
@@ -88,6 +106,7 @@ def load(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     variant: str | None = None,
     ema: bool = False,
+    lazy: bool = False,
 ) -> StableDiffusion:
     """A model from "shapes" (built in), a .ckpt or .safetensors file, a Hub repository, or a folder of its layout.
 
@@ -98,6 +117,8 @@ def load(
     config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}} or the path
                of such a JSON file; fields of UNetConfig, VAEConfig and transformers' CLIPTextConfig
     ema        the EMA weights of a full-EMA checkpoint in place of the others
+    lazy       leave the weights in the file, as they are, for `LeanSampler`, which takes what it needs; they are
+               loaded by `model.ready()`, as other samplers do. The parts cannot be called before
 
     The parts are in eval mode and take gradients. Raises LoadError, HubError or CheckpointError, all of them
     ValueErrors, in one sentence; a missing, surplus or misshapen tensor is named.
@@ -109,11 +130,20 @@ def load(
         found.parts["unet"] = ema_weights(found)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    return build(found, device, dtype, read_config(config), tokenizer_texts(found, tokenizer, token))
+    texts = tokenizer_texts(found, tokenizer, token)
+    if lazy:
+        aim = torch.device(device), dtype
+        return build(found, "cpu", None, read_config(config), texts, lazy=aim)
+    return build(found, device, dtype, read_config(config), texts)
 
 
 def build(
-    found: Source, device: Any, dtype: torch.dtype | None, config: Mapping[str, Any], texts: dict[str, str]
+    found: Source,
+    device: Any,
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
+    texts: dict[str, str],
+    lazy: tuple[torch.device, torch.dtype] | None = None,
 ) -> StableDiffusion:
     """Make the model; dtype None keeps the file's."""
     settings = {part: {**found.configs.get(part, {}), **config.get(part, {})} for part in names.PARTS}
@@ -149,7 +179,13 @@ def build(
     except ValueError as error:
         raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
     return StableDiffusion(
-        unet.eval(), vae.eval(), encoder, name=found.name, size=found.size or 512, weights=found.weights
+        unet.eval(),
+        vae.eval(),
+        encoder,
+        name=found.name,
+        size=found.size or 512,
+        weights=found.weights,
+        lazy=lazy,
     )
 
 

@@ -95,7 +95,7 @@ class SimpleSampler:
     """Draws with the model as it stands: the textbook, and the reference for every other sampler."""
 
     def __init__(self, model: StableDiffusion):
-        self.model = model
+        self.model = model.ready()
 
     def __call__(self, prompt: Prompt | None = None, *, output_type: str = "pil", **options: Any) -> Any:
         """Draw: a list of PIL images, in the order of the prompts.

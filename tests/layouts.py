@@ -208,7 +208,11 @@ def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False,
     model.text.model.config.architectures = ["CLIPTextModel"]
     model.text.model.config.save_pretrained(folder / "text_encoder")
     write_tokenizer(folder / "tokenizer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}
+    index = {"_class_name": "StableDiffusionPipeline"} | {k: ["diffusers", v] for k, v in parts.items()}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     tensors = hub_tensors(model)
     if old_vae:
         for new, old in names.OLD_VAE_ATTENTION.items():
@@ -240,3 +244,12 @@ def full_size_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         for part in shapes
         for name, shape in shapes[part].items()
     }
+
+
+def write_full_size(folder: Path, hub: bool = False) -> tuple[Path, Path]:
+    """Random weights of the full size in float16: a self-contained file, and a folder of the Hub's layout."""
+    model = make_model(sd.UNetConfig(), sd.VAEConfig(), TextConfig(), size=512).to(dtype=torch.float16)
+    sd.save(model, folder / "full.safetensors")
+    if hub:
+        write_hub(folder / "hub", model)
+    return folder / "full.safetensors", folder / "hub"

@@ -6,8 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
-from sd.attention import BasicTransformerBlock, CrossAttention, attention, chunked_attention, use_attention
+from sd.attention import (
+    BasicTransformerBlock,
+    CrossAttention,
+    Workspace,
+    attention,
+    chunked_attention,
+    use_attention,
+)
 
 
 def qkv(heads=2, queries=7, keys=5, dim=4, dtype=torch.float64, seed=0):
@@ -41,6 +49,20 @@ def test_the_function_is_at_the_top_of_the_package():
 def test_chunks_are_exact_whatever_the_lengths(heads, queries, keys, dim, chunk, seed):
     q, k, v = qkv(heads, queries, keys, dim, seed=seed % 2**32)
     torch.testing.assert_close(chunked_attention(q, k, v, chunk=chunk), definition(q, k, v), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(100, 100, 8), (100, 7, 8), (33, 64, 512)])
+def test_in_place_with_a_workspace_nothing_is_allocated(queries, keys, dim, dtype):
+    # As the transformer block has them: heads next to each other in memory.
+    q, k, v = (torch.randn(2, n, 4, dim).to(dtype).transpose(1, 2) for n in (queries, keys, keys))
+    workspace, wanted = Workspace(), definition(q.double(), k.double(), v.double())
+    chunked_attention(q, k, v, chunk=32, out=torch.empty_like(q), workspace=workspace)  # allocates
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        out = chunked_attention(q, k, v, chunk=32, out=q, workspace=workspace)
+    assert [event.name for event in recorded.events() if event.self_cpu_memory_usage > 0] == []
+    assert out is q
+    assert (q.double() - wanted).abs().max() < (2e-3 if dtype == torch.float16 else 1e-5)
 
 
 def test_of_equal_values_comes_that_value():

@@ -1,0 +1,206 @@
+"""`LeanSampler`: the picture that `SimpleSampler` draws, in a fraction of the memory.
+
+It hands the same loop a UNet whose layers take their weights from the file when they need them (`stream.py`), and
+decodes by bands (`bands.py`), as a plan says (`plan.py`). Text encoder, UNet and VAE are never in memory together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .bands import Bands
+from .image import to_pil
+from .loader import StableDiffusion
+from .plan import Job, Plan, bytes_of, make_plan
+from .sampler import Denoiser, Prompt, Request, SimpleSampler, finite
+from .stream import Weights, streamed, weights_on
+from .unet import ResBlock, UNet, timestep_embedding
+
+TEXT_PIECE = 1 << 20  # elements of the text encoder's weights that are copied at once
+
+
+class LeanSampler(SimpleSampler):
+    """Draws what `SimpleSampler` draws, up to rounding, in little memory; the call is the same.
+
+    model    best from `sd.load(source, lazy=True)`, which leaves the weights in the file; one that is in memory
+             already is used as it is, and only its activations are lean
+    memory   "600MB", "1.5GB" or bytes: the peak to stay below, counted from the process as it is before the first
+             call; if not given, four fifths of what is free. With more memory more weights are kept: faster.
+
+    `sampler.plan(...)`, called like the sampler, says how a call will be done and what it takes.
+    A call raises ValueError, naming the least that would do, where `memory` is too little.
+    """
+
+    def __init__(self, model: StableDiffusion, memory: str | int | None = None):
+        self.model = model
+        self.memory = None if memory is None else bytes_of(memory)
+        self.weights: Weights | None = None
+        self.current: Plan | None = None
+
+    # ---- the plan
+
+    def job(self, request: Request) -> Job:
+        model, itemsize = self.model, self.model.dtype.itemsize
+        ready = Weights(model.dtype, model.device).ready
+        streamable = sum(w.numel() for w in large_weights(model.unet) if not ready(w))
+        return Job(
+            model.unet.config,
+            model.vae.config,
+            model.text.config.hidden_size,
+            request.height,
+            request.width,
+            len(request.context),
+            request.negative is not None,
+            len(request.scheduler.timesteps),
+            itemsize,
+            itemsize * streamable,
+        )
+
+    def make_plan(self, request: Request) -> Plan:
+        return make_plan(self.job(request), self.memory or free_memory(self.model.device))
+
+    def plan(self, prompt: Prompt | None = None, **options: Any) -> Plan:
+        """How this call would be done. Takes the arguments of a call; `str(plan)` is for people."""
+        with torch.no_grad():
+            return self.make_plan(self.request(prompt, **options))
+
+    # ---- the stages, each with its own weights
+
+    def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
+        if isinstance(prompt, Tensor):
+            return super()._encode(prompt, name, count)
+        weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
+        with self.stage("text encoder"), streamed(self.model.text.model, weights):
+            return super()._encode(prompt, name, count)
+
+    def denoiser(self, request: Request) -> Denoiser:
+        trim()
+        self.current = plan = self.make_plan(request)
+        self.weights = weights_on(self.model.device, self.model.dtype, plan.piece)
+        contexts = [request.context] if request.negative is None else [request.negative, request.context]
+        with self.stage("UNet"):
+            unet = LeanUNet(self.model.unet, self.weights, request, contexts)
+            self.weights.keep(large_weights(self.model.unet), plan.kept)
+
+        def denoiser(x: Tensor, t: Tensor) -> Tensor:
+            with self.stage("UNet"):
+                if request.negative is None:
+                    return unet(x, t, slice(0, 1))
+                if plan.halves:
+                    away, towards = unet(x, t, slice(0, 1)), unet(x, t, slice(1, 2))
+                else:
+                    away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
+                return away + request.guidance_scale * (towards - away)
+
+        return denoiser
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
+        if output_type == "latent":
+            return latents
+        if self.weights is not None:
+            self.weights.release()
+        trim()
+        plan, weights = self.current, Weights(latents.dtype, self.model.device)
+
+        def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:
+            return weights.whole(layer.weight), weights.whole(layer.bias)  # type: ignore[arg-type]
+
+        images = []
+        for z in latents.split(1):
+            with self.stage("VAE"):
+                bands = Bands(plan.band, plan.choices, ready) if plan else Bands(weights=ready)
+                images.append(bands.decode(self.model.vae, z))
+            trim()
+        result = torch.cat(images) if len(images) > 1 else images[0]
+        del images
+        finite(result, "VAE", "dtype=torch.float32")
+        result = result.div_(2).add_(0.5).clamp_(0, 1)
+        return result if output_type == "pt" else to_pil(result)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Around a part of the work: says what to do where the file or the device fails in it."""
+        self.model.check_file()  # reading a memory map beyond the end of its file would end the process
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            plan = self.current
+            needs = f"it should take {plan.peak / 1e6:.0f} MB" if plan else "it is the first stage"
+            advice = f"pass memory= less than {plan.peak / 1e6:.0f} MB, or free some" if plan else "free some"
+            raise ValueError(f"The device ran out of memory in the {name} ({needs}): {advice}.") from None
+
+
+class LeanUNet:
+    """The UNet with streamed weights, for the prompts and the timesteps of one request.
+
+    What depends on the time alone, or on the text alone, is computed once; those weights are not needed again.
+    """
+
+    def __init__(self, unet: UNet, weights: Weights, request: Request, contexts: list[Tensor]):
+        self.unet, self.weights = unet, weights
+        self.images = len(contexts[0])
+        self.texts: dict[nn.Module, Tensor] = {}  # of each to_k and to_v of cross-attention: (parts*B, 77, C)
+        self.times: dict[nn.Module, Tensor] = {}  # of each emb_layers: (timesteps, C)
+        timesteps = torch.tensor(request.scheduler.timesteps, dtype=torch.float32, device=weights.device).unique()
+        self.row = {t: i for i, t in enumerate(timesteps.tolist())}
+        with torch.no_grad(), streamed(unet, weights):
+            for name, module in unet.named_modules():
+                if name.endswith(("attn2.to_k", "attn2.to_v")):
+                    self.texts[module] = torch.cat([module(context) for context in contexts])
+            wave = timestep_embedding(timesteps, unet.config.model_channels).to(weights.dtype)
+            emb = unet.time_embed(wave)  # (timesteps, 4 * model_channels)
+            for block in unet.modules():
+                if isinstance(block, ResBlock):
+                    self.times[block.emb_layers] = block.emb_layers(emb)
+
+    def __call__(self, x: Tensor, t: Tensor, parts: slice) -> Tensor:
+        """parts: which of the contexts x stands for."""
+        rows = slice(parts.start * self.images, parts.stop * self.images)
+        now = self.row[t[0].item()]
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {self.unet.time_embed: lambda wave: wave}
+        forwards |= {layer: constant(kv[rows]) for layer, kv in self.texts.items()}
+        forwards |= {layer: constant(table[now : now + 1]) for layer, table in self.times.items()}
+        with streamed(self.unet, self.weights, forwards):
+            return self.unet(x, t, x)  # the context is not looked at
+
+
+def constant(value: Tensor) -> Callable[..., Tensor]:
+    return lambda *_: value
+
+
+def large_weights(unet: UNet) -> Iterator[Tensor]:
+    """The weights that every step needs, in order of the modules."""
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not any(
+            part in name for part in ("attn2.to_k", "attn2.to_v", "emb_layers", "time_embed")
+        ):
+            yield module.weight
+
+
+def free_memory(device: torch.device) -> int:
+    """Four fifths of what is free on a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 4 // 5
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return free * 4 // 5
+
+
+def trim() -> None:
+    """Give the C library's free memory back to the system: between stages it is of no use to us."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

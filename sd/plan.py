@@ -1,0 +1,246 @@
+"""How a picture is drawn in a given amount of memory: what is cut, what is stored, which weights are kept.
+
+The peak of each stage is predicted from shapes, by counting the tensors that are alive at once in `unet.py`,
+`bands.py` and `stream.py`, in the order in which they are made; nothing is tried out. docs/memory.md explains it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from .bands import Choice
+from .unet import UNetConfig
+from .vae import VAEConfig
+
+# Libraries' own: transformers' CLIP modules, kernels compiled by oneDNN and their threads' heaps. Measured.
+PROCESS = 60_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn, as far as memory is concerned."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_width: int
+    height: int
+    width: int
+    batch: int  # images at once
+    guidance: bool
+    steps: int
+    itemsize: int  # bytes of an element in which is computed
+    streamable: int  # bytes, in that dtype, of the UNet's weights that need a copy before they can be used
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices, and the peak that they lead to."""
+
+    job: Job
+    piece: int  # elements of a weight that are copied at once
+    halves: bool  # the guidance halves one after another
+    band: int  # elements of a band of the VAE's tensors
+    choices: tuple[Choice, ...]  # what each residual block of the decoder stores
+    kept: int  # bytes of the UNet's weights that are copied only once
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes of each stage, by name."""
+        return {
+            "text": PROCESS + text_peak(self),
+            "UNet": PROCESS + unet_peak(self),
+            "VAE": PROCESS + vae_peak(self),
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def __str__(self) -> str:
+        job, peaks = self.job, self.peaks
+        share = self.kept / job.streamable if job.streamable else 1
+        stored = sum(choice.hidden for choice in self.choices)
+        lines = [
+            f"{job.width} x {job.height}, {job.batch} at once, guidance {'on' if job.guidance else 'off'}",
+            f"text   {mb(peaks['text'])}",
+            f"UNet   {mb(peaks['UNet'])}  {share:.0%} of its weights kept, the rest in pieces of "
+            f"{mb(self.piece * job.itemsize).strip()}"
+            + (f", guidance halves {'one after the other' if self.halves else 'together'}" if job.guidance else ""),
+            f"VAE    {mb(peaks['VAE'])}  bands of {mb(self.band * job.itemsize).strip()}, {stored} of "
+            f"{len(self.choices)} blocks keep their inner tensor",
+            f"peak   {mb(self.peak)}",
+        ]
+        return "\n".join(lines)
+
+
+def mb(size: float) -> str:
+    return f"{size / 1e6:6.0f} MB"
+
+
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(memory: str | int | float) -> int:
+    """ "600MB", "1.5 GB", "1GiB" or a number of bytes -> bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(memory))
+    if match is None or match[2].upper() not in UNITS or isinstance(memory, bool):
+        raise ValueError(f'memory must be a size such as "600MB", "1.5GB" or a number of bytes, not {memory!r}.')
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+# ---- choosing
+
+PIECES = [1 << 22, 1 << 21, 1 << 20]
+BANDS = [1 << 21, 1 << 20, 1 << 19]
+
+
+def least(job: Job) -> Plan:
+    """The plan of the smallest peak."""
+    blocks = len(list(resnets(job)))
+    return Plan(job, PIECES[-1], job.guidance, BANDS[-1], (Choice(False, False),) * blocks, 0)
+
+
+def make_plan(job: Job, memory: int) -> Plan:
+    """The fastest plan within `memory` bytes. Raises ValueError naming the least that would do."""
+    plan = least(job)
+    if plan.peak > memory:
+        raise ValueError(
+            f"{mb(memory).strip()} of memory is too little for {job.width} x {job.height}: "
+            f"the least is {mb(plan.peak).strip()}; give that, or draw a smaller picture."
+        )
+    # Each is a list from fast to lean; the stages do not share memory, so each is chosen alone.
+    plan = next(
+        p
+        for halves, piece in product((False, True) if job.guidance else (False,), PIECES)
+        if (p := replace(plan, halves=halves, piece=piece)).peaks["UNet"] <= memory
+    )
+    for band in BANDS:
+        wider = replace(plan, band=band)
+        if wider.peaks["VAE"] <= memory:
+            plan = wider
+            break
+    choices = list(plan.choices)
+    for i in range(len(choices)):  # what a block stores is gone before the next one's is there
+        for choice in (Choice(True, True), Choice(False, True), Choice(True, False)):
+            trial = replace(plan, choices=(*choices[:i], choice, *choices[i + 1 :]))
+            if trial.peaks["VAE"] <= memory:
+                choices[i] = choice
+                break
+    plan = replace(plan, choices=tuple(choices))
+    return replace(plan, kept=max(0, min(job.streamable, memory - plan.peaks["UNet"])))
+
+
+# ---- peaks
+
+
+def text_peak(plan: Plan) -> int:
+    """77 tokens are small: what counts is a layer's weights."""
+    job, tokens = plan.job, 77 * (1 + plan.job.guidance)
+    return job.itemsize * (2 * plan.piece + tokens * 16 * job.text_width)
+
+
+def unet_peak(plan: Plan) -> int:
+    """The largest of its layers', on top of the skips that wait, and of the text's keys, values and embeddings."""
+    job = plan.job
+    batch = job.batch * (2 if job.guidance and not plan.halves else 1)
+    largest = max(batch * alive for alive in unet_layers(job, plan.piece // batch))
+    widths = [job.unet.model_channels * m for m in job.unet.channel_mult]
+    levels = list(enumerate(widths))
+    blocks = 2 * job.unet.num_res_blocks + 1
+    attending = sum(blocks * c for i, c in levels if 2**i in job.unet.attention_resolutions) + widths[-1]
+    texts = 2 * 77 * attending * job.batch * (1 + job.guidance)
+    times = (job.steps + 1) * (sum(blocks * c for c in widths) + 2 * widths[-1])
+    latents = 8 * job.batch * job.unet.in_channels * job.height * job.width // 64
+    weights = 0 if plan.kept >= job.streamable else 2 * plan.piece  # the buffer, and what the kernel makes of it
+    return job.itemsize * (largest + texts + times + latents + weights) + plan.kept
+
+
+def unet_layers(job: Job, piece: int) -> Iterator[int]:
+    """Elements alive at once in each block of the UNet, for a batch of one."""
+    c, f = job.unet, job.vae.downsampling
+    h, w = -(-job.height // f), -(-job.width // f)
+    areas = [(-(-h // 2**i)) * (-(-w // 2**i)) for i in range(len(c.channel_mult))]
+    widths = [c.model_channels * m for m in c.channel_mult]
+
+    def res(cin: int, cout: int, area: int) -> int:
+        # The input, its norm and the result; the convolution's own copies of the latter two, by blocks.
+        first = cin + 2 * (cin + cout)
+        second = cin + cout + 2 * (cout + cout)
+        return area * max(first, second)
+
+    def transformer(channels: int, area: int) -> int:
+        attend = 8 * channels * area  # the input, tokens, their norm, q, k, v, the result and its copy
+        feed = 4 * channels * area + 2 * max(piece // 4, 64 * 4 * channels)
+        return max(attend, feed)
+
+    skips, waiting, ch = [c.model_channels * areas[0]], c.model_channels * areas[0], c.model_channels
+    last = len(widths) - 1
+    for i, (width, area) in enumerate(zip(widths, areas, strict=True)):
+        for _ in range(c.num_res_blocks):
+            yield waiting + res(ch, width, area)
+            if 2**i in c.attention_resolutions:
+                yield waiting + transformer(width, area)
+            ch = width
+            skips.append(width * area)
+            waiting += width * area
+        if i != last:
+            skips.append(width * areas[i + 1])
+            waiting += width * areas[i + 1]
+    yield waiting + max(res(ch, ch, areas[-1]), transformer(ch, areas[-1]))
+    for i, width in reversed(list(enumerate(widths))):
+        for k in range(c.num_res_blocks + 1):
+            skip = skips.pop()
+            waiting -= skip
+            yield waiting + res(ch + skip // areas[i], width, areas[i])
+            if 2**i in c.attention_resolutions:
+                yield waiting + transformer(width, areas[i])
+            if i and k == c.num_res_blocks:
+                yield waiting + width * (areas[i] + 4 * areas[i - 1])
+            ch = width
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A residual block of the decoder, or of the encoder."""
+
+    channels: int
+    out_channels: int
+    area: int
+    upsampled: int  # elements of the tensor that its input is upsampled from, or 0
+
+
+def resnets(job: Job) -> Iterator[Stage]:
+    """Of the decoder, in order of use."""
+    c, f = job.vae, job.vae.downsampling
+    area = (job.height // f) * (job.width // f)
+    ch = c.ch * c.ch_mult[-1]
+    yield from 2 * [Stage(ch, ch, area, 0)]
+    for i, mult in reversed(list(enumerate(c.ch_mult))):
+        for k in range(c.num_res_blocks + 1):
+            first = k == 0 and i < len(c.ch_mult) - 1
+            yield Stage(ch, c.ch * mult, area, ch * area // 4 if first else 0)
+            ch = c.ch * mult
+        area *= 4
+
+
+def vae_peak(plan: Plan) -> int:
+    """The largest of the residual blocks', by what each stores, on top of its bands."""
+    job = plan.job
+    peaks = []
+    for stage, choice in zip(resnets(job), plan.choices, strict=True):
+        x, out = stage.channels * stage.area, stage.out_channels * stage.area
+        source = stage.upsampled if stage.upsampled and not choice.input else x
+        hidden = out if choice.hidden else 0
+        making = (stage.upsampled + x) if stage.upsampled and choice.input else 0
+        band = max(plan.band, job.width * max(stage.channels, stage.out_channels))
+        depth = 6 + (3 if not choice.hidden else 0) + (3 if source is not x else 0)
+        weights = 9 * stage.out_channels * (stage.channels + stage.out_channels)
+        weights += 16 * stage.channels**2 if stage.upsampled else 0
+        peaks.append(max(making, source + hidden, hidden + out) + depth * band + weights)
+    first = next(iter(resnets(job)))
+    peaks.append(first.channels * first.area * 7 + 2 * first.channels**2)  # the attention in the middle
+    image = 3 * job.height * job.width * (job.batch + 1)
+    return job.itemsize * (max(peaks) + image)

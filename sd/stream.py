@@ -1,0 +1,258 @@
+"""Weights where and when they are used: a model computes while most of it stays in its file.
+
+`Weights.parts` gives some rows of a weight, ready to compute with. A weight that lies in the file's
+memory map in another dtype, or on another device, is copied into a buffer that the next piece reuses; what is kept
+(`Weights.keep`) is copied once. `streamed` makes the layers of a model ask for their weights in this way, from
+outside: the model's own code knows nothing of it.
+
+Large layers come in pieces of output channels, and the feed-forward in pieces of its inner width, so that neither
+a whole layer nor its widest activation need exist. Each output is computed as before, by the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import GEGLU, FeedForward
+from .unet import ResBlock
+
+Part = tuple[Tensor, Any]  # a weight, and which part of it: an index
+Key = tuple[tuple[int, int], ...]
+ALL = slice(None)
+
+
+class Weights:
+    """Of a model whose parameters stay where they are, given out in `dtype`; pieces of at most `size` elements.
+
+    On the CPU. The buffer is valid until the next piece is asked for.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 1 << 22):
+        self.dtype, self.device, self.size = dtype, torch.device(device), size
+        self.kept: dict[Tensor, Tensor] = {}
+        self.buffer: Tensor | None = None
+
+    def whole(self, weight: Tensor) -> Tensor:
+        """A copy that stays (or the weight itself, if it is as it should be)."""
+        return self.kept[weight] if weight in self.kept else weight.detach().to(self.device, self.dtype)
+
+    def small(self, weight: Tensor) -> Tensor:
+        """A bias, or the gain of a norm: those of a model are about 1 MB, and always kept."""
+        if weight not in self.kept:
+            self.kept[weight] = self.whole(weight)
+        return self.kept[weight]
+
+    def parts(self, *parts: Part) -> list[Tensor]:
+        """Some parts of weights, all valid until the next are asked for."""
+        rows = [self.kept.get(weight, weight).detach()[index] for weight, index in parts]
+        wanting = [r for r in rows if r.dtype != self.dtype or r.device != self.device]
+        copies = iter(self.copy(wanting)) if wanting else iter(())
+        return [r if r.dtype == self.dtype and r.device == self.device else next(copies) for r in rows]
+
+    def copy(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        count = sum(r.numel() for r in rows)
+        if self.buffer is None or self.buffer.numel() < count:
+            self.buffer = torch.empty(max(count, self.size), dtype=self.dtype, device=self.device)
+        places = self.buffer[:count].split([r.numel() for r in rows])
+        return [place.view(r.shape).copy_(r) for place, r in zip(places, rows, strict=True)]
+
+    def ready(self, weight: Tensor) -> bool:
+        """Whether a weight needs no copy."""
+        return weight in self.kept or (weight.dtype == self.dtype and weight.device == self.device)
+
+    def pieces(self, weight: Tensor) -> list[tuple[int, int]]:
+        """Into which rows a weight is cut: one piece if it is kept or needs no copy."""
+        rows = weight.shape[0]
+        count = 1 if self.ready(weight) else -(-weight.numel() // self.size)
+        step = -(-rows // count)
+        return [(a, min(a + step, rows)) for a in range(0, rows, step)]
+
+    def keep(self, weights: Iterable[Tensor], budget: int) -> int:
+        """Copy as many weights, in this order, as `budget` bytes hold; returns the bytes used."""
+        used = 0
+        for weight in weights:
+            size = weight.numel() * self.dtype.itemsize
+            if not self.ready(weight) and used + size <= budget:
+                self.kept[weight] = self.whole(weight)
+                used += size
+        return used
+
+    def release(self) -> None:
+        """Let go of everything."""
+        self.kept, self.buffer = {}, None
+
+
+class PinnedWeights(Weights):
+    """The same for CUDA: while one piece is computed with, the next one is on its way, on a side stream.
+
+    The order of pieces is learned in the first pass. Host memory holds the weights once, pinned.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, size: int = 1 << 22):
+        super().__init__(dtype, device, size)
+        self.stream = torch.cuda.Stream(self.device)
+        self.arrived = [torch.cuda.Event(), torch.cuda.Event()]
+        self.pinned: dict[Key, Tensor] = {}
+        self.release()
+
+    def release(self) -> None:
+        super().release()
+        self.slots: list[Tensor | None] = [None, None]
+        self.follows: dict[Key, Sequence[Tensor]] = {}  # what came after a piece in the pass before
+        self.coming: tuple[Key, int] | None = None  # what is on its way, and to which slot
+        self.last: Key | None = None
+        self.turn = 0
+
+    def copy(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        key, compute = key_of(rows), torch.cuda.current_stream(self.device)
+        # All that uses the slot whose turn it is has been queued by now: it may be filled once that is done.
+        self.stream.wait_stream(compute)
+        if self.coming is not None and self.coming[0] == key:
+            slot = self.coming[1]
+        else:
+            slot = self.turn
+            self.send(rows, slot)
+        compute.wait_event(self.arrived[slot])
+        if self.last is not None:
+            self.follows[self.last] = rows
+        self.last, self.turn, self.coming = key, 1 - slot, None
+        if (following := self.follows.get(key)) is not None:
+            self.send(following, self.turn)
+            self.coming = key_of(following), self.turn
+        buffer = self.slots[slot]
+        assert buffer is not None
+        places = buffer[: sum(r.numel() for r in rows)].split([r.numel() for r in rows])
+        return [place.view(r.shape) for place, r in zip(places, rows, strict=True)]
+
+    def send(self, rows: Sequence[Tensor], slot: int) -> None:
+        key = key_of(rows)
+        if key not in self.pinned:
+            self.pinned[key] = torch.cat([r.to(self.dtype).flatten() for r in rows]).pin_memory()
+        source, buffer = self.pinned[key], self.slots[slot]
+        if buffer is None or buffer.numel() < source.numel():
+            buffer = torch.empty(max(source.numel(), self.size), dtype=self.dtype, device=self.device)
+            buffer.record_stream(self.stream)
+            self.slots[slot] = buffer
+        with torch.cuda.stream(self.stream):
+            buffer[: source.numel()].copy_(source, non_blocking=True)
+            self.arrived[slot].record(self.stream)
+
+
+def key_of(rows: Sequence[Tensor]) -> Key:
+    return tuple((r.data_ptr(), r.numel()) for r in rows)
+
+
+def weights_on(device: torch.device | str, dtype: torch.dtype, size: int) -> Weights:
+    kind = PinnedWeights if torch.device(device).type == "cuda" else Weights
+    return kind(dtype, device, size)
+
+
+# ---- layers that ask for their weights
+
+
+def linear(layer: nn.Linear, weights: Weights, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else weights.small(layer.bias)
+    pieces = weights.pieces(layer.weight)
+    if len(pieces) == 1:
+        return F.linear(x, weights.parts((layer.weight, ALL))[0], bias)
+    out = x.new_empty(*x.shape[:-1], layer.out_features)
+    for a, b in pieces:
+        (weight,) = weights.parts((layer.weight, slice(a, b)))
+        out[..., a:b] = F.linear(x, weight, None if bias is None else bias[a:b])
+    return out
+
+
+def conv2d(layer: nn.Conv2d, weights: Weights, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else weights.small(layer.bias)
+    pieces, out = weights.pieces(layer.weight), None
+    for a, b in pieces:
+        (weight,) = weights.parts((layer.weight, slice(a, b)))
+        part = None if bias is None else bias[a:b]
+        y = F.conv2d(x, weight, part, layer.stride, layer.padding)
+        if len(pieces) == 1:
+            return y
+        if out is None:
+            out = y.new_empty(len(y), layer.out_channels, *y.shape[2:])
+        out[:, a:b] = y
+    assert out is not None
+    return out
+
+
+def group_norm(layer: nn.GroupNorm, weights: Weights, x: Tensor) -> Tensor:
+    return F.group_norm(x, layer.num_groups, weights.small(layer.weight), weights.small(layer.bias), layer.eps)
+
+
+def layer_norm(layer: nn.LayerNorm, weights: Weights, x: Tensor) -> Tensor:
+    gain, bias = weights.small(layer.weight), weights.small(layer.bias)
+    return F.layer_norm(x, layer.normalized_shape, gain, bias, layer.eps)
+
+
+def embedding(layer: nn.Embedding, weights: Weights, ids: Tensor) -> Tensor:
+    """Only the rows that are asked for leave the file."""
+    return F.embedding(ids.to(layer.weight.device), layer.weight.detach()).to(weights.device, weights.dtype)
+
+
+def res_block(block: ResBlock, weights: Weights, x: Tensor, emb: Tensor) -> Tensor:
+    """The textbook's, with in-place steps."""
+    h = F.silu(block.in_layers[0](x), inplace=True)
+    h = block.in_layers[2](h).add_(block.emb_layers(emb)[:, :, None, None])
+    h = F.silu(block.out_layers[0](h), inplace=True)
+    return block.out_layers[3](h).add_(block.skip_connection(x))
+
+
+def feed_forward(layer: FeedForward, weights: Weights, x: Tensor) -> Tensor:
+    """GEGLU and the projection after it, over pieces of the inner width and of the tokens."""
+    geglu, out_layer = layer.net[0], layer.net[2]
+    assert isinstance(geglu, GEGLU)
+    assert isinstance(out_layer, nn.Linear)
+    proj, last = geglu.proj.weight, out_layer.weight
+    proj_bias, bias = weights.small(geglu.proj.bias), weights.small(out_layer.bias)
+    inner, width = last.shape[1], last.shape[0]
+    cut = 1 if weights.ready(proj) and weights.ready(last) else -(-3 * inner * width // weights.size)
+    step = -(-inner // cut)
+    flat = x.flatten(0, -2)  # (B*T, C)
+    out = bias.expand(flat.shape).contiguous()
+    tokens = max(64, weights.size // (4 * step))
+    for a in range(0, inner, step):
+        b = min(a + step, inner)
+        halves = slice(a, b), slice(inner + a, inner + b)
+        up, gate, down = weights.parts((proj, halves[0]), (proj, halves[1]), (last, (ALL, halves[0])))
+        for x_part, out_part in zip(flat.split(tokens), out.split(tokens), strict=True):
+            h = F.gelu(F.linear(x_part, gate, proj_bias[halves[1]]))
+            out_part.addmm_(h.mul_(F.linear(x_part, up, proj_bias[halves[0]])), down.T)
+    return out.view(x.shape)
+
+
+FORWARDS: dict[type, Callable[..., Tensor]] = {
+    nn.Linear: linear,
+    nn.Conv2d: conv2d,
+    nn.GroupNorm: group_norm,
+    nn.LayerNorm: layer_norm,
+    nn.Embedding: embedding,
+    ResBlock: res_block,
+    FeedForward: feed_forward,
+}
+
+
+@contextmanager
+def streamed(model: nn.Module, weights: Weights, forwards: Mapping[nn.Module, Any] | None = None) -> Iterator[None]:
+    """Within the block, the layers of `model` take their weights from `weights`.
+
+    forwards: other functions for single modules, in place of what they compute.
+    """
+    replaced = {m: partial(FORWARDS[type(m)], m, weights) for m in model.modules() if type(m) in FORWARDS}
+    replaced |= dict(forwards or {})
+    try:
+        for module, forward in replaced.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in replaced:
+            module.__dict__.pop("forward", None)  # the class's is there again

@@ -1,0 +1,197 @@
+"""The lean sampler draws the simple one's picture, keeps to its plan, and leaves the model as it was."""
+
+import os
+
+import pytest
+import torch
+
+import sd
+from sd import lean, plan
+from sd.lean import LeanUNet, large_weights
+from sd.loader import save
+from sd.plan import bytes_of
+from sd.stream import FORWARDS, Weights, streamed
+from tests.layouts import make_model
+
+CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 48, "width": 40, "seed": 5}
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Cuts that are small enough for a small model to be cut, and no memory that counts as the libraries'."""
+    monkeypatch.setattr(plan, "PIECES", [4000, 500])
+    monkeypatch.setattr(plan, "BANDS", [4000, 500])
+    monkeypatch.setattr(plan, "PROCESS", 0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tiny):
+    """The small model as a float16 file: in any other dtype its weights have to be copied to be used."""
+    path = tmp_path_factory.mktemp("lean") / "tiny.safetensors"
+    save(tiny, path, dtype=torch.float16)
+    return path
+
+
+def least(sampler, **call):
+    sampler.memory = 10**12
+    return plan.least(sampler.plan(["a", "b"], **call).job).peak
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "ddim", "lms"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_the_picture_is_the_simple_sampler_s(source, cut, scheduler, guidance_scale):
+    call = CALL | {"scheduler": scheduler, "guidance_scale": guidance_scale, "output_type": "pt"}
+    wanted = sd.SimpleSampler(sd.load(source, dtype=torch.float64))(["a", "b"], **call)
+    sampler = sd.LeanSampler(sd.load(source, dtype=torch.float64, lazy=True))
+    bottom = least(sampler, **{k: v for k, v in call.items() if k != "output_type"})
+    for memory in (bottom, int(bottom * 1.3), 2 * bottom, 10**12):
+        sampler.memory = memory
+        assert (sampler(["a", "b"], **call) - wanted).abs().max() < 1e-10
+
+
+def test_the_least_memory_cuts_everything(source, cut):
+    sampler = sd.LeanSampler(sd.load(source, lazy=True))
+    sampler.memory = least(sampler, **CALL)
+    small = sampler.plan(["a", "b"], **CALL)
+    assert small.halves
+    assert small.piece == plan.PIECES[-1]
+    sampler.memory = 10**12
+    large = sampler.plan(["a", "b"], **CALL)
+    assert large.kept == large.job.streamable > 0
+    assert not large.halves
+    assert all(choice.hidden for choice in large.choices)
+    assert "100%" in str(large)
+
+
+def test_less_than_the_least_is_refused_and_the_least_is_named(source):
+    sampler = sd.LeanSampler(sd.load(source, lazy=True), memory="1MB")
+    with pytest.raises(ValueError, match=r"1 MB of memory is too little for 40 x 48: the least is \d+ MB"):
+        sampler("a", **CALL)
+
+
+def test_stream_and_several_prompts(source, cut):
+    simple = sd.SimpleSampler(sd.load(source, dtype=torch.float64))
+    sampler = sd.LeanSampler(sd.load(source, dtype=torch.float64, lazy=True), memory=10**12)
+    call = CALL | {"negative_prompt": "c", "num_images_per_prompt": 2}
+    for ours, theirs in zip(sampler.stream(["a", "b"], **call), simple.stream(["a", "b"], **call), strict=True):
+        assert (ours.noise - theirs.noise).abs().max() < 1e-10
+        assert ours.timestep == theirs.timestep
+
+
+def test_a_model_in_memory_is_used_as_it_is(tiny):
+    before = dict(tiny.unet.named_parameters())
+    wanted = sd.SimpleSampler(tiny)("a", **CALL, output_type="pt")
+    assert (sd.LeanSampler(tiny)("a", **CALL, output_type="pt") - wanted).abs().max() < 1e-4
+    assert all(p is before[n] for n, p in tiny.unet.named_parameters())
+
+
+def test_the_model_computes_as_before_also_after_an_error(tiny):
+    x, t, context = torch.randn(1, 4, 4, 4), torch.tensor([7]), torch.randn(1, 77, tiny.unet.config.context_dim)
+    before = tiny.unet(x, t, context)
+    with pytest.raises(RuntimeError, match="stop"), streamed(tiny.unet, Weights(torch.float64)):
+        raise RuntimeError("stop")
+    assert not any("forward" in vars(m) for m in tiny.unet.modules())
+    assert torch.equal(tiny.unet(x, t, context), before)
+
+
+def test_layers_in_pieces_are_the_layers(tiny):
+    torch.manual_seed(0)
+    model = make_model().to(dtype=torch.float16)
+    x, t = torch.randn(2, 4, 6, 7, dtype=torch.float64), torch.tensor([3, 700])
+    context = torch.randn(2, 77, model.unet.config.context_dim, dtype=torch.float64)
+    whole = make_model().to(dtype=torch.float16).to(dtype=torch.float64).unet
+    wanted = whole(x, t, context)
+    for size in (1, 300, 5000, 1 << 20):
+        with torch.no_grad(), streamed(model.unet, Weights(torch.float64, size=size)):
+            assert (model.unet(x, t, context) - wanted).abs().max() < 1e-10
+
+
+def test_what_is_kept_stays_within_its_budget(source):
+    unet = sd.load(source, lazy=True).unet
+    weights = Weights(torch.float32)
+    used = weights.keep(large_weights(unet), 50_000)
+    assert 0 < used <= 50_000
+    assert used == sum(w.numel() * 4 for w in weights.kept.values())
+    weights.release()
+    assert not weights.kept
+
+
+def test_weights_of_time_and_text_are_used_once(source):
+    model = sd.load(source, lazy=True)
+    sampler = sd.LeanSampler(model)
+    with torch.no_grad():
+        request = sampler.request("a", **CALL)
+    unet = LeanUNet(model.unet, Weights(torch.float32), request, [request.context])
+    once = [m for n, m in model.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1"))]
+    for module in once:
+        module.weight = None  # whoever asks for it now fails
+    x = torch.randn(1, 4, 6, 5)
+    with torch.no_grad():
+        assert torch.isfinite(unet(x, torch.tensor([float(request.scheduler.timesteps[0])]), slice(0, 1))).all()
+
+
+def test_lazy_models_stay_in_the_file_until_they_are_asked_for(source):
+    model = sd.load(source, lazy=True)
+    assert model.dtype == torch.float32
+    assert all(p.dtype == torch.float16 for p in model.unet.parameters())
+    wanted = sd.SimpleSampler(sd.load(source))("a", **CALL, output_type="pt")
+    assert torch.equal(sd.SimpleSampler(model)("a", **CALL, output_type="pt"), wanted)
+    assert all(p.dtype == torch.float32 for p in model.unet.parameters())
+
+
+def test_every_kind_of_layer_of_a_model_is_streamed(tiny):
+    """A layer with parameters that `streamed` does not know would compute in the file's dtype."""
+    for part in (tiny.unet, tiny.text.model):
+        for module in part.modules():
+            own = list(module.parameters(recurse=False))
+            assert not own or type(module) in FORWARDS
+
+
+def test_nan_in_the_decoded_image_is_an_error(tiny, monkeypatch):
+    sampler = sd.LeanSampler(tiny)
+    with pytest.raises(sd.NotFiniteError, match="VAE"):
+        sampler.decode(torch.full((1, 4, 2, 2), torch.nan))
+
+
+@pytest.mark.parametrize(("cut_off", "word"), [(True, "has shrunk"), (False, "is gone")])
+def test_a_file_that_vanishes_or_shrinks_is_one_sentence(source, tmp_path, cut_off, word):
+    path = tmp_path / "copy.safetensors"
+    path.write_bytes(source.read_bytes())
+    sampler = sd.LeanSampler(sd.load(path, lazy=True))
+    steps = sampler.stream("a", **CALL)
+    next(steps)
+    if cut_off:
+        os.truncate(path, path.stat().st_size - 10_000)  # reading there through the memory map would be fatal
+    else:
+        path.unlink()
+    with pytest.raises(sd.LoadError, match=word):
+        next(steps)
+
+
+def test_a_device_without_memory_is_one_sentence(source, monkeypatch):
+    sampler = sd.LeanSampler(sd.load(source, lazy=True), memory="1GB")
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lean.LeanUNet, "__call__", fail)
+    with pytest.raises(ValueError, match=r"in the UNet \(it should take \d+ MB\): pass memory="):
+        sampler("a", **CALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("600MB", 600_000_000), ("1.5 GB", 1_500_000_000), ("1GiB", 2**30), ("1024", 1024), (77, 77), ("3kb", 3000)],
+)
+def test_memory_sizes(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "12 parsecs", "1e9", True])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="600MB"):
+        bytes_of(text)
+
+
+def test_free_memory_is_something():
+    assert lean.free_memory(torch.device("cpu")) > 1_000_000
