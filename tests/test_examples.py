@@ -93,3 +93,10 @@ def test_the_trainer_trains_and_resumes(tmp_path):
     run(ROOT / "examples" / "shapes" / "export.py", tmp_path, tmp_path / "m.safetensors", cwd=tmp_path)
     (image,) = sd.SimpleSampler(sd.load(tmp_path / "m.safetensors"))("a red star", num_inference_steps=1)
     assert image.size == (128, 128)
+
+
+def test_small_latents_let_pndm_follow():
+    import stiffness
+
+    assert stiffness.share_right(7.5, 0.3, 200, trials=200) > stiffness.share_right(7.5, 1.0, 200, trials=200)
+    assert stiffness.share_right(7.5, 0.3, 9, trials=200) == 1.0
