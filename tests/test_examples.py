@@ -39,6 +39,7 @@ def test_steps(tmp_path):
     assert Image.open(tmp_path / "s.png").size == (8 * 128, 128)
 
 
+@pytest.mark.slow
 def test_evaluate_prints_shares(tmp_path):
     script = ROOT / "examples" / "shapes" / "evaluate.py"
     out = run(script, "--count", 4, "--steps", 2, "--guidance", 4, "--sheet", "s.png", "--all", cwd=tmp_path).stdout
@@ -84,6 +85,7 @@ def test_every_word_is_one_token():
         assert len(tokenizer(word).input_ids) == 3, word
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_and_resumes(tmp_path):
     """Two steps of each stage, then two more; and the result can be packed and drawn with."""
     script = ROOT / "examples" / "shapes" / "train.py"
