@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .commands import COMMANDS, add_source_options
 
 if TYPE_CHECKING:
     from .loader import StableDiffusion
@@ -33,28 +34,19 @@ DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
     "ema": False,
     "dtype": None,
 }
-COMMANDS = ("draw", "convert", "info")
 
 
 class CommandError(ValueError):
     """What is wrong with the command line, in one sentence."""
 
 
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
-    add("--hub-variant", metavar="NAME", help="which files of a Hub repository: fp16")
-    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for files without one")
-    add("--config", metavar="JSON", help="sizes that a weights file does not tell, such as the head count")
-    add("--ema", action="store_true", help="the EMA weights of a full-EMA checkpoint")
-
-
 def draw_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="artist",
         description="Draw a picture from a text: with Stable Diffusion v1, or the small built-in model.",
-        epilog="Other commands: artist convert SOURCE OUT.safetensors; artist info SOURCE. "
-        "Both answer --help. A prompt that is one of these words: artist draw PROMPT.",
+        epilog="Other commands, which answer --help: "
+        + "; ".join(f"artist {name}, {command.what}" for name, command in COMMANDS.items())
+        + ". A prompt that is one of these words: artist draw PROMPT.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -84,28 +76,6 @@ def draw_parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="no progress bar")
     add("--version", action="version", version=f"artist {__version__}")
     add_source_options(parser)
-    return parser
-
-
-def convert_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="artist convert",
-        description="Write a model as one self-contained file, which loads with nothing else and no network.",
-    )
-    parser.add_argument("source", help="a .ckpt or .safetensors file, a folder, or a Hub repository")
-    parser.add_argument("output", metavar="OUT.safetensors")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="as in the source if not given")
-    parser.add_argument("--force", action="store_true", help="write over an existing file")
-    add_source_options(parser)
-    return parser
-
-
-def info_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="artist info", description="Say what a file, folder or Hub repository holds, without loading it."
-    )
-    parser.add_argument("source")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
     return parser
 
 
@@ -244,42 +214,16 @@ def draw(given: dict[str, Any]) -> None:
         print(f"{path}  {request.width} x {request.height}, seed {seed}, {seconds:.1f} s", flush=True)
 
 
-def convert(args: argparse.Namespace) -> None:
-    import torch
-
-    from .loader import convert as write
-
-    write(
-        args.source,
-        args.output,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        force=args.force,
-        revision=args.revision,
-        variant=args.hub_variant,
-        tokenizer=args.tokenizer,
-        config=args.config,
-        ema=args.ema,
-    )
-    print(f"{args.output}  {Path(args.output).stat().st_size / 1e6:.1f} MB")
-
-
-def info(args: argparse.Namespace) -> None:
-    from .source import format_info
-    from .source import info as look
-
-    print(format_info(look(args.source, revision=args.revision)))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv and argv[0] in COMMANDS else "draw"
+    command = COMMANDS.get(argv[0]) if argv else None
+    if argv and (command or argv[0] == "draw"):
+        argv.pop(0)
     warnings.showwarning = lambda message, *_: print(f"artist: warning: {message}", file=sys.stderr)
     try:
-        if command == "convert":
-            convert(convert_parser().parse_args(argv))
-        elif command == "info":
-            info(info_parser().parse_args(argv))
+        if command:
+            command.run(command.parser().parse_args(argv))
         else:
             given = vars(draw_parser().parse_args(argv))
             if not given:
