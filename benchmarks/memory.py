@@ -62,12 +62,23 @@ request = go(s); plan = s.make_plan(request)
 report(times(), predicted=plan.peaks, plan=str(plan))
 """
 DIFFUSERS = """
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 p = StableDiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32, safety_checker=None)
-p.set_progress_bar_config(disable=True)
+p.set_progress_bar_config(disable=True); p.tokenizer.model_max_length = 77
+p.scheduler = DDIMScheduler.from_config(p.scheduler.config)
 if sys.argv[3] == "lean":
+    import os, pathlib, tempfile
+    from diffusers.hooks import apply_group_offloading, group_offloading
+    if not hasattr(group_offloading, "send_to_device"):  # accelerate's; nothing to send on the CPU
+        group_offloading.send_to_device = lambda value, *_, **__: value
     p.enable_attention_slicing("max"); p.vae.enable_slicing(); p.vae.enable_tiling()
-    # Sequential offload needs an accelerator; group offload of single layers runs on the CPU as well.
+    # Sequential offload needs an accelerator; group offload of single layers to files runs on the CPU as well.
+    cpu, files = torch.device("cpu"), tempfile.TemporaryDirectory(dir=os.path.dirname(sys.argv[1]))
+    for name in ("unet", "vae", "text_encoder"):
+        apply_group_offloading(getattr(p, name), onload_device=cpu, offload_device=cpu, offload_type="leaf_level",
+                               offload_to_disk_path=str(pathlib.Path(files.name, name)))
+    import gc; gc.collect()
+stage[0] = "text"
 def mark(pipe, i, t, kwargs): marks.append(time.perf_counter()); stage[0] = "UNet"; return kwargs
 marks.append(time.perf_counter())
 p("a photograph of a horse", num_inference_steps=call["num_inference_steps"], height=call["height"],

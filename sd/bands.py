@@ -13,7 +13,7 @@ stored tensor is let go when no row of it will be asked for again, while the ten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,10 +43,11 @@ class Choice:
 
 
 class Rows:
-    """A tensor (1, C, H, W) by rows."""
+    """A tensor (1, C, H, W) by rows. `wide`: elements of the widest tensor met in computing one of them."""
 
-    def __init__(self, channels: int, height: int, width: int):
+    def __init__(self, channels: int, height: int, width: int, wide: int = 0):
         self.channels, self.height, self.width = channels, height, width
+        self.wide = max(channels * width, wide)
 
     def rows(self, a: int, b: int) -> Tensor:
         """Rows a to b (0 <= a < b <= H): (1, C, b - a, W), for reading only."""
@@ -61,7 +62,7 @@ class Stored(Rows):
     """Bands of `band` rows, the last one perhaps of fewer, made one after another."""
 
     def __init__(self, like: Rows, band: int):
-        super().__init__(like.channels, like.height, like.width)
+        super().__init__(like.channels, like.height, like.width)  # those of its source are behind it
         self.band = band
         self.bands: list[Tensor | None] = []
 
@@ -106,7 +107,7 @@ class NormSilu(Rows):
     """silu(group_norm(x)), on read."""
 
     def __init__(self, x: Rows, layer: nn.GroupNorm, moments: Moments, weights: Weights):
-        super().__init__(x.channels, x.height, x.width)
+        super().__init__(x.channels, x.height, x.width, x.wide)
         self.x = x
         gain, bias = weights(layer)
         each = x.channels // layer.num_groups
@@ -126,7 +127,7 @@ class Conv(Rows):
     """A convolution of 3 x 3 with padding 1, or of 1 x 1."""
 
     def __init__(self, x: Rows, layer: nn.Conv2d, weights: Weights):
-        super().__init__(layer.out_channels, x.height, x.width)
+        super().__init__(layer.out_channels, x.height, x.width, x.wide)
         self.x, self.halo = x, layer.kernel_size[0] // 2
         self.weight, self.bias = weights(layer)
 
@@ -150,7 +151,7 @@ class UpsampleConv(Rows):
     """
 
     def __init__(self, x: Rows, layer: nn.Conv2d, weights: Weights):
-        super().__init__(layer.out_channels, 2 * x.height, 2 * x.width)
+        super().__init__(layer.out_channels, 2 * x.height, 2 * x.width, x.wide // 2)
         self.x = x
         weight, self.bias = weights(layer)
         self.phases = [[halve(halve(weight, 2, p), 3, q).contiguous() for q in (0, 1)] for p in (0, 1)]
@@ -182,7 +183,7 @@ class DownsampleConv(Rows):
     """The encoder's: padding on the right and at the bottom only, then 3 x 3 with stride 2."""
 
     def __init__(self, x: Rows, layer: nn.Conv2d, weights: Weights):
-        super().__init__(layer.out_channels, x.height // 2, x.width // 2)
+        super().__init__(layer.out_channels, x.height // 2, x.width // 2, 2 * x.wide)
         self.x = x
         self.weight, self.bias = weights(layer)
 
@@ -199,7 +200,7 @@ class Sum(Rows):
     """The end of a residual block: its second convolution plus its input, or the shortcut of that."""
 
     def __init__(self, x: Rows, y: Rows):
-        super().__init__(x.channels, x.height, x.width)
+        super().__init__(x.channels, x.height, x.width, max(x.wide, y.wide))
         self.x, self.y = x, y
 
     def rows(self, a: int, b: int) -> Tensor:
@@ -217,6 +218,7 @@ class Bands:
     """Runs the VAE's networks by bands of at most `size` elements, or of one row where a row is more.
 
     `choices` has one entry for each residual block, in order of use; all is stored where it is too short.
+    `tidy` is called before each band.
     """
 
     def __init__(
@@ -225,17 +227,20 @@ class Bands:
         choices: tuple[Choice, ...] = (),
         weights: Weights = as_they_are,
         attend: Attention = attention,
+        tidy: Callable[[], None] = lambda: None,
     ):
-        self.size = size
+        self.size, self.tidy = size, tidy
         self.weights, self.attend = weights, attend
         self.choices = list(choices)
 
     def band(self, x: Rows) -> int:
-        return max(1, min(x.height, self.size // (x.channels * x.width)))
+        return max(1, min(x.height, self.size // x.wide))
 
-    def spans(self, x: Rows) -> list[tuple[int, int]]:
+    def spans(self, x: Rows) -> Iterator[tuple[int, int]]:
         band = self.band(x)
-        return [(a, min(a + band, x.height)) for a in range(0, x.height, band)]
+        for a in range(0, x.height, band):
+            self.tidy()
+            yield a, min(a + band, x.height)
 
     def store(self, x: Rows, groups: int = 0) -> tuple[Stored, Moments | None]:
         """All rows of x, computed once, with the moments of `groups` groups; x's own sources are used up."""
@@ -351,7 +356,7 @@ class Gather:
 
     def __init__(self, groups: int):
         self.groups, self.count = groups, 0
-        self.mean = self.m2 = torch.zeros(groups, dtype=torch.float64)
+        self.mean = self.m2 = torch.zeros(())  # (groups,) in float64, on the bands' device, once there is one
 
     def add(self, band: Tensor) -> None:
         grouped = band.reshape(self.groups, -1).to(torch.promote_types(band.dtype, torch.float32))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .bands import Bands
 from .image import to_pil
 from .loader import StableDiffusion
-from .plan import Job, Plan, bytes_of, make_plan
+from .plan import PROCESS, Job, Plan, bytes_of, make_plan
 from .sampler import Denoiser, Prompt, Request, SimpleSampler, finite
-from .stream import Weights, streamed, weights_on
+from .stream import Weights, nothing, streamed, weights_on
 from .unet import ResBlock, UNet, timestep_embedding
 
 TEXT_PIECE = 1 << 20  # elements of the text encoder's weights that are copied at once
@@ -41,6 +41,7 @@ class LeanSampler(SimpleSampler):
     """
 
     def __init__(self, model: StableDiffusion, memory: str | int | None = None):
+        self.base = anonymous()
         self.model = model
         self.memory = None if memory is None else bytes_of(memory)
         self.weights: Weights | None = None
@@ -62,6 +63,7 @@ class LeanSampler(SimpleSampler):
             request.negative is not None,
             len(request.scheduler.timesteps),
             itemsize,
+            PROCESS if model.device.type == "cpu" else 0,
             itemsize * streamable,
         )
 
@@ -85,7 +87,7 @@ class LeanSampler(SimpleSampler):
     def denoiser(self, request: Request) -> Denoiser:
         trim()
         self.current = plan = self.make_plan(request)
-        self.weights = weights_on(self.model.device, self.model.dtype, plan.piece)
+        self.weights = weights_on(self.model.device, self.model.dtype, plan.piece, self.tidier(plan.peaks["UNet"]))
         contexts = [request.context] if request.negative is None else [request.negative, request.context]
         with self.stage("UNet"):
             unet = LeanUNet(self.model.unet, self.weights, request, contexts)
@@ -118,7 +120,10 @@ class LeanSampler(SimpleSampler):
         images = []
         for z in latents.split(1):
             with self.stage("VAE"):
-                bands = Bands(plan.band, plan.choices, ready) if plan else Bands(weights=ready)
+                if plan:
+                    bands = Bands(plan.band, plan.choices, ready, tidy=self.tidier(plan.peaks["VAE"]))
+                else:
+                    bands = Bands(weights=ready)
                 images.append(bands.decode(self.model.vae, z))
             trim()
         result = torch.cat(images) if len(images) > 1 else images[0]
@@ -126,6 +131,24 @@ class LeanSampler(SimpleSampler):
         finite(result, "VAE", "dtype=torch.float32")
         result = result.div_(2).add_(0.5).clamp_(0, 1)
         return result if output_type == "pt" else to_pil(result)
+
+    def tidier(self, peak: int) -> Callable[[], None]:
+        """A function that keeps the C library's heap within a predicted peak.
+
+        Tensors of many sizes leave holes in it. Mapping each tensor on its own would avoid them, at the price of
+        new pages for every tensor (a quarter of the speed); giving the holes back when they add up costs little.
+        """
+        usual = limit = self.base + int(0.88 * peak)
+
+        def tidy() -> None:
+            nonlocal limit
+            if anonymous() > limit:
+                trim()
+                limit = max(
+                    usual, anonymous() + max(peak // 16, 1 << 24)
+                )  # not at every turn, if what is left is in use
+
+        return tidy if self.model.device.type == "cpu" else nothing
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -197,6 +220,16 @@ def free_memory(device: torch.device) -> int:
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return free * 4 // 5
+
+
+def anonymous() -> int:
+    """The process's anonymous memory in bytes; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def trim() -> None:

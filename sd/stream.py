@@ -28,13 +28,24 @@ Key = tuple[tuple[int, int], ...]
 ALL = slice(None)
 
 
+def nothing() -> None:
+    pass
+
+
 class Weights:
     """Of a model whose parameters stay where they are, given out in `dtype`; pieces of at most `size` elements.
 
-    On the CPU. The buffer is valid until the next piece is asked for.
+    On the CPU. The buffer is valid until the next piece is asked for. `tidy` is called before each piece.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 1 << 22):
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        size: int = 1 << 22,
+        tidy: Callable[[], None] = nothing,
+    ):
+        self.tidy = tidy
         self.dtype, self.device, self.size = dtype, torch.device(device), size
         self.kept: dict[Tensor, Tensor] = {}
         self.buffer: Tensor | None = None
@@ -51,6 +62,7 @@ class Weights:
 
     def parts(self, *parts: Part) -> list[Tensor]:
         """Some parts of weights, all valid until the next are asked for."""
+        self.tidy()
         rows = [self.kept.get(weight, weight).detach()[index] for weight, index in parts]
         wanting = [r for r in rows if r.dtype != self.dtype or r.device != self.device]
         copies = iter(self.copy(wanting)) if wanting else iter(())
@@ -95,8 +107,14 @@ class PinnedWeights(Weights):
     The order of pieces is learned in the first pass. Host memory holds the weights once, pinned.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str, size: int = 1 << 22):
-        super().__init__(dtype, device, size)
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        size: int = 1 << 22,
+        tidy: Callable[[], None] = nothing,
+    ):
+        super().__init__(dtype, device, size, tidy)
         self.stream = torch.cuda.Stream(self.device)
         self.arrived = [torch.cuda.Event(), torch.cuda.Event()]
         self.pinned: dict[Key, Tensor] = {}
@@ -149,9 +167,11 @@ def key_of(rows: Sequence[Tensor]) -> Key:
     return tuple((r.data_ptr(), r.numel()) for r in rows)
 
 
-def weights_on(device: torch.device | str, dtype: torch.dtype, size: int) -> Weights:
+def weights_on(
+    device: torch.device | str, dtype: torch.dtype, size: int, tidy: Callable[[], None] = nothing
+) -> Weights:
     kind = PinnedWeights if torch.device(device).type == "cuda" else Weights
-    return kind(dtype, device, size)
+    return kind(dtype, device, size, tidy)
 
 
 # ---- layers that ask for their weights

@@ -1,6 +1,9 @@
 """The lean sampler draws the simple one's picture, keeps to its plan, and leaves the model as it was."""
 
 import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from sd.lean import LeanUNet, large_weights
 from sd.loader import save
 from sd.plan import bytes_of
 from sd.stream import FORWARDS, Weights, streamed
-from tests.layouts import make_model
+from tests.layouts import TEXT, make_model
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 48, "width": 40, "seed": 5}
 
@@ -21,7 +24,7 @@ def cut(monkeypatch):
     """Cuts that are small enough for a small model to be cut, and no memory that counts as the libraries'."""
     monkeypatch.setattr(plan, "PIECES", [4000, 500])
     monkeypatch.setattr(plan, "BANDS", [4000, 500])
-    monkeypatch.setattr(plan, "PROCESS", 0)
+    monkeypatch.setattr(lean, "PROCESS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +198,42 @@ def test_what_is_no_size_is_refused(text):
 
 def test_free_memory_is_something():
     assert lean.free_memory(torch.device("cpu")) > 1_000_000
+
+
+MEASURE = """
+import os, sys, threading, time
+import torch, transformers
+torch.set_num_threads(2)
+def anonymous():
+    with open("/proc/self/statm") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+base, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch); thread.start()
+import sd
+sampler = sd.LeanSampler(sd.load(sys.argv[1], lazy=True), int(sys.argv[2]))
+call = dict(num_inference_steps=1, scheduler="ddim", height=512, width=512)
+plan = sampler.plan("a horse", **call)
+sampler("a horse", **call)
+done = True; thread.join()
+print(plan.peak, peak - base)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("memory", [340_000_000, 600_000_000])
+def test_the_predicted_peak_is_the_measured_one(tmp_path, memory):
+    """A third of the full widths: large tensors, few operations."""
+    unet, vae = sd.UNetConfig(model_channels=96), sd.VAEConfig(ch=96)
+    path = tmp_path / "third.safetensors"
+    save(make_model(unet, vae, replace(TEXT, hidden_size=768, num_attention_heads=12), size=512), path, torch.float16)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, path, str(memory)], capture_output=True)
+    predicted, measured = map(int, done.stdout.split())
+    assert predicted <= memory
+    assert abs(measured / predicted - 1) < 0.15
