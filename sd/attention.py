@@ -6,7 +6,7 @@ tensors are the names in the checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 
@@ -117,6 +117,21 @@ def use_attention(model: nn.Module, fn: Attention) -> Iterator[None]:
     finally:
         for m, old in zip(modules, before, strict=True):
             m.attend = old
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Within the block, calling one of these modules calls the function instead."""
+    before = {m: m.__dict__.get("forward") for m in forwards}
+    try:
+        for m, forward in forwards.items():
+            m.forward = forward
+        yield
+    finally:
+        for m, old in before.items():
+            m.__dict__.pop("forward", None)  # the class's is there again
+            if old is not None:
+                m.forward = old
 
 
 class CrossAttention(nn.Module):

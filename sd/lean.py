@@ -18,10 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .bands import Bands
-from .image import to_pil
 from .loader import StableDiffusion
 from .plan import PROCESS, Job, Plan, bytes_of, make_plan
-from .sampler import Denoiser, Prompt, Request, SimpleSampler, finite
+from .sampler import Denoiser, Prompt, Request, SimpleSampler, finished
 from .stream import Weights, nothing, streamed, weights_on
 from .unet import ResBlock, UNet, timestep_embedding
 
@@ -128,9 +127,7 @@ class LeanSampler(SimpleSampler):
             trim()
         result = torch.cat(images) if len(images) > 1 else images[0]
         del images
-        finite(result, "VAE", "dtype=torch.float32")
-        result = result.div_(2).add_(0.5).clamp_(0, 1)
-        return result if output_type == "pt" else to_pil(result)
+        return finished(result, output_type)
 
     def tidier(self, peak: int) -> Callable[[], None]:
         """A function that keeps the C library's heap within a predicted peak.

@@ -247,9 +247,14 @@ class SimpleSampler:
             return latents
         dtype = next(self.model.vae.parameters()).dtype  # may differ: the VAE in float32 beside a float16 UNet
         images = torch.cat([self.model.vae.decode(z.to(dtype)) for z in latents.split(1)])
-        finite(images, "VAE", "model.vae.float() (the VAE in float32), or dtype=torch.float32")
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return images if output_type == "pt" else to_pil(images)
+        return finished(images, output_type)
+
+
+def finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:
+    """The VAE's (B, 3, H, W), about [-1, 1], which is written over, as `output_type` says."""
+    finite(images, "VAE", "model.vae.float() (the VAE in float32), or dtype=torch.float32")
+    images = images.div_(2).add_(0.5).clamp_(0, 1)
+    return images if output_type == "pt" else to_pil(images)
 
 
 def noise_like_diffusers(model: StableDiffusion, request: Request) -> Callable[[], Tensor]:

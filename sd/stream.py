@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import GEGLU, FeedForward
+from .attention import GEGLU, FeedForward, replaced
 from .unet import ResBlock
 
 Part = tuple[Tensor, Any]  # a weight, and which part of it: an index
@@ -267,12 +267,6 @@ def streamed(model: nn.Module, weights: Weights, forwards: Mapping[nn.Module, An
 
     forwards: other functions for single modules, in place of what they compute.
     """
-    replaced = {m: partial(FORWARDS[type(m)], m, weights) for m in model.modules() if type(m) in FORWARDS}
-    replaced |= dict(forwards or {})
-    try:
-        for module, forward in replaced.items():
-            module.forward = forward
+    layers = {m: partial(FORWARDS[type(m)], m, weights) for m in model.modules() if type(m) in FORWARDS}
+    with replaced({**layers, **(forwards or {})}):
         yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)  # the class's is there again

@@ -1,0 +1,244 @@
+"""Messages between ranks, on torch.distributed, and a watch over them.
+
+All exchanges are point to point over the default group: who needs what from whom is known to both sides from shapes
+alone, so any set of ranks can exchange without a group of its own. What is sent at once to a rank is one message.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+class RankError(ValueError):
+    """Another rank is gone, hangs, or disagrees; the message names it."""
+
+
+@dataclass
+class Traffic:
+    """What went through this rank since the last `clear`."""
+
+    exchanges: int = 0
+    messages: int = 0  # received
+    received: int = 0  # bytes
+
+    def clear(self) -> None:
+        self.exchanges = self.messages = self.received = 0
+
+
+@dataclass
+class Ranks:
+    """Some ranks of the world, in order; `me` is this one's place among them."""
+
+    members: Sequence[int]
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        here = dist.get_rank() if dist.is_initialized() else 0
+        self.me = list(self.members).index(here)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def start(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Shape]], like: Sequence[Tensor]
+    ):
+        """Begin an exchange: to member i go the tensors outgoing[i], and from it come tensors of incoming[i].
+
+        Tensors at place k are of the dtype of like[k]. Empty ones are not sent. Returns a function that waits, and
+        returns the tensors by member.
+        """
+        operations, buffers = [], []
+        for i, member in enumerate(self.members):
+            sizes = [
+                torch.Size(shape).numel() * t.dtype.itemsize for shape, t in zip(incoming[i], like, strict=False)
+            ]
+            buffer = torch.empty(sum(sizes) if i != self.me else 0, dtype=torch.uint8, device=like[0].device)
+            buffers.append((buffer, sizes))
+            if i == self.me:
+                continue
+            if buffer.numel():
+                operations.append(dist.P2POp(dist.irecv, buffer, member))
+                self.traffic.messages += 1
+                self.traffic.received += buffer.numel()
+            parts = [t.contiguous().flatten().view(torch.uint8) for t in outgoing[i] if t.numel()]
+            if parts:
+                message = parts[0] if len(parts) == 1 else torch.cat(parts)
+                operations.append(dist.P2POp(dist.isend, message, member))
+        self.traffic.exchanges += 1
+        with lost():
+            works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> list[list[Tensor]]:
+            with lost(), waiting():
+                for work in works:
+                    work.wait()
+            operations.clear()  # what is sent had to live until here
+            result = []
+            for i, (buffer, sizes) in enumerate(buffers):
+                parts = buffer.split(sizes) if i != self.me else []
+                result.append([p.view(t.dtype).view(s) for p, t, s in zip(parts, like, incoming[i], strict=False)])
+            return result
+
+        return wait
+
+    def gather(self, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """The tensor of every member, by place; `shapes` are theirs."""
+        wait = self.start([[x]] * len(self), [[s] for s in shapes], [x])
+        return [x if i == self.me else parts[0] for i, parts in enumerate(wait())]
+
+
+@contextmanager
+def lost() -> Iterator[None]:
+    """Around messages: a broken connection is one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise RankError(f"Another rank is gone, so this one stops ({reason}).") from None
+
+
+# ---- the world
+
+
+def connect(device: torch.device) -> None:
+    """Join the process group that the launcher describes, unless there is one already or this is the only rank."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankError(
+            f"The ranks cannot meet at {where} ({str(error).splitlines()[0][:200]}): "
+            "check that the address is reachable and the port free."
+        ) from None
+
+
+def world() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(what: dict[str, Any]) -> None:
+    """Raise RankError unless all ranks say the same; the message names what and who."""
+    count = world()[1]
+    if count == 1:
+        return
+    said: list[Any] = [None] * count
+    with lost():
+        dist.all_gather_object(said, {k: str(v) for k, v in what.items()})
+    for key in what:
+        others = [r for r in range(count) if said[r][key] != said[0][key]]
+        if others:
+            raise RankError(
+                f"The ranks disagree on {key}: rank {others[0]} has {said[others[0]][key][:60]}, rank 0 has "
+                f"{said[0][key][:60]}; start all of them in the same way."
+            )
+
+
+# ---- the watch
+
+
+class Pulse:
+    """What a rank tells about itself: that it lives, how many layers it has called, whether it waits for others."""
+
+    def __init__(self) -> None:
+        self.calls, self.waits, self.on = 0, 0, False
+
+
+PULSE = Pulse()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    PULSE.waits += 1
+    try:
+        yield
+    finally:
+        PULSE.waits -= 1
+        PULSE.calls += 1
+
+
+def give_up(message: str) -> None:
+    """End this process at once: its main thread may be waiting for ever."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:  # for the launcher, which says it once
+        import json
+
+        with open(file, "w") as out:
+            json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, out)
+    else:
+        print(f"sd: error: {message}", flush=True)
+    os._exit(1)
+
+
+@contextmanager
+def watched(timeout: float, fail: Callable[[str], None] = give_up) -> Iterator[None]:
+    """Within the block, end this process where another rank is silent, or calls no layer, for `timeout` seconds."""
+    rank, count = world()
+    if count == 1 or PULSE.on:
+        yield
+        return
+    store = dist.PrefixStore("sd-watch", dist.distributed_c10d._get_default_store())
+    PULSE.on, done = True, threading.Event()
+    store.set(f"{rank}", beat(0))
+    watch = threading.Thread(target=look, args=(store, rank, count, timeout, done, fail), daemon=True)
+    hook = nn.modules.module.register_module_forward_pre_hook(count_call)
+    watch.start()
+    try:
+        yield
+    finally:
+        hook.remove()
+        done.set()
+        watch.join()
+        PULSE.on = False
+        store.set(f"{rank}", "left")
+
+
+def count_call(*_: Any) -> None:
+    PULSE.calls += 1
+
+
+def beat(number: int) -> str:
+    return f"{number} {PULSE.calls} {int(PULSE.waits > 0)}"
+
+
+def look(
+    store: Any, rank: int, count: int, timeout: float, done: threading.Event, fail: Callable[[str], None]
+) -> None:
+    seen: dict[int, tuple[str, str, float, float]] = {}  # the last beat and call count of each, and since when
+    number = 0
+    while not done.wait(min(1.0, timeout / 8)):
+        number += 1
+        try:
+            store.set(f"{rank}", beat(number))
+            now = time.monotonic()
+            for other in set(range(count)) - {rank}:
+                said = store.get(f"{other}").decode() if store.check([f"{other}"]) else "0 0 1"
+                number_of, calls, waits = said.split() if said != "left" else (str(now), str(now), "1")
+                before = seen.get(other, ("", "", now, now))
+                alive = before[2] if number_of == before[0] else now
+                working = before[3] if calls == before[1] and waits == "0" else now
+                seen[other] = number_of, calls, alive, working
+                if now - alive > timeout:
+                    fail(f"Rank {other} has not answered for {timeout:.0f} s: it hangs, or its machine is gone.")
+                if now - working > timeout:
+                    fail(f"Rank {other} has been stuck in one layer for {timeout:.0f} s, and waits for nobody.")
+        except Exception:
+            if not done.is_set():
+                fail("The ranks' meeting point does not answer: rank 0 or its machine is gone.")
+            return
