@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, launch
 from .commands import COMMANDS, add_source_options
 
 if TYPE_CHECKING:
@@ -63,9 +63,16 @@ def draw_parser() -> argparse.ArgumentParser:
     add("--scheduler", metavar="NAME", help="pndm, ddim or lms; pndm")
     add("--eta", type=float, help="0 to 1, how much noise ddim draws anew; 0")
     add("--again", metavar="PNG", help="draw a picture of `artist` again; other options change it")
-    add("--variant", choices=["simple", "lean"], help="how the work is done: simple; lean, in little memory")
+    add(
+        "--variant",
+        choices=["simple", "lean", "parallel"],
+        help="simple; lean, in little memory; parallel, over ranks",
+    )
     add("--memory", metavar="SIZE", help="what lean may take: 600MB, 1.5GB; most of what is free")
-    add("--plan", action="store_true", help="say how lean would go about it and what it takes; draw nothing")
+    add("--ranks", type=int, metavar="N", help="how many processes parallel starts here; under torchrun, not needed")
+    add("--split", metavar="SPLIT", help="how parallel splits the work, as image=2,guidance=2,rows=1; as is fastest")
+    add("--plan", action="store_true", help="say how lean or parallel would go about it; draw nothing")
+    add("--exact", action="store_true", help="simple by the textbook, not by sd.fast: slower, in less memory")
     add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
     add(
         "--dtype",
@@ -126,6 +133,8 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
     from .loader import load
 
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and launch.is_rank():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -133,17 +142,25 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
             f"There is no device {device!r} here: try --device cpu, or install a torch that has it."
         ) from None
     dtype = settings["dtype"]
-    return load(
-        settings["model"],
-        device=device,
-        dtype=getattr(torch, dtype) if dtype else None,
-        revision=settings["revision"],
-        variant=settings["hub_variant"],
-        tokenizer=given.get("tokenizer"),
-        config=given.get("config"),
-        ema=settings["ema"],
-        lazy=given.get("variant") == "lean",
-    )
+
+    def read() -> StableDiffusion:
+        return load(
+            settings["model"],
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            revision=settings["revision"],
+            variant=settings["hub_variant"],
+            tokenizer=given.get("tokenizer"),
+            config=given.get("config"),
+            ema=settings["ema"],
+            lazy=given.get("variant") == "lean",
+        )
+
+    if given.get("variant") == "parallel":
+        from .parallel import load_together
+
+        return load_together(read, torch.device(device))
+    return read()
 
 
 def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:
@@ -151,24 +168,60 @@ def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler
         from .lean import LeanSampler
 
         return LeanSampler(model, given.get("memory"))
+    if given.get("variant") == "parallel":
+        from .parallel import ParallelSampler
+
+        return ParallelSampler(model, split_of(given["split"]) if "split" in given else None)
+    from .fast import fast
     from .sampler import SimpleSampler
 
-    return SimpleSampler(model)
+    return SimpleSampler(model if "exact" in given or model.device.type != "cpu" else fast(model))
 
 
-def draw(given: dict[str, Any]) -> None:
+def check_variant(given: dict[str, Any]) -> None:
+    """Options that are of some variants only, before anything is loaded."""
+    variant = given.get("variant", "simple")
+    for option, of in (
+        ("memory", ["lean"]),
+        ("plan", ["lean", "parallel"]),
+        ("exact", ["simple"]),
+        ("ranks", ["parallel"]),
+        ("split", ["parallel"]),
+    ):
+        if option in given and variant not in of:
+            raise CommandError(f"--{option} is of --variant {' or '.join(of)} only: give that too.")
+    if "memory" in given:
+        from .plan import bytes_of
+
+        bytes_of(given["memory"])
+    if not 1 <= given.get("ranks", 1) <= 1024:
+        raise CommandError(f"--ranks must be from 1 to 1024, not {given['ranks']}.")
+    if "split" in given:
+        split_of(given["split"])
+
+
+def split_of(text: str) -> dict[str, int]:
+    try:
+        split = {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        split = {}
+    if not split or not split.keys() <= {"image", "guidance", "rows"} or min(split.values()) < 1:
+        raise CommandError(f"--split must be like image=2,guidance=2,rows=1, not {text}.")
+    return split
+
+
+def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
     settings = drawing(given)
     count = given.get("count", 1)
     if not 1 <= count <= 10_000:
         raise CommandError(f"--count must be from 1 to 10000, not {count}.")
-    lean = [f"--{option}" for option in ("memory", "plan") if option in given]
-    if lean and given.get("variant") != "lean":
-        raise CommandError(f"{lean[0]} is of --variant lean only: give that too.")
-    if "memory" in given:
-        from .plan import bytes_of
-
-        bytes_of(given["memory"])  # before the model is loaded
-    paths = [] if "plan" in given else outputs(given, count)
+    check_variant(given)
+    if given.get("ranks", 1) > 1 and not launch.is_rank() and "plan" not in given:
+        outputs(given, count)  # before the ranks are started
+        launch.launch(sys.argv[1:] if argv is None else argv, given["ranks"])
+        return
+    first = int(os.environ.get("RANK", "0")) == 0  # only this one writes files and shows progress
+    paths = outputs(given, count) if first and "plan" not in given else [Path()] * count
 
     from tqdm import tqdm
 
@@ -185,33 +238,47 @@ def draw(given: dict[str, Any]) -> None:
         if k not in ("prompt", "seed", "model", "revision", "hub_variant", "ema", "dtype")
     }
     if "plan" in given:
+        if given["variant"] == "parallel":
+            call |= {"num_images_per_prompt": count, "ranks": given.get("ranks")}
         print(sampler.plan(settings["prompt"], **call))  # type: ignore[attr-defined]
         return
-    for k, path in enumerate(paths):
-        start, seed = time.perf_counter(), settings["seed"] + k
-        request = sampler.request(settings["prompt"], seed=seed, **call)
-        title = "drawing" if count == 1 else f"drawing {k + 1}/{count}"
+    once = at_once(sampler, count, settings["prompt"], call)
+    for k in range(0, count, once):
+        start, seed, n = time.perf_counter(), settings["seed"] + k, min(once, count - k)
+        request = sampler.request(settings["prompt"], seed=seed, num_images_per_prompt=n, **call)
+        numbers = f"{k + 1}" if n == 1 else f"{k + 1}-{k + n}"
         steps = tqdm(
             sampler.run(request),
-            desc=title,
+            desc="drawing" if count == 1 else f"drawing {numbers}/{count}",
             total=len(request.scheduler.timesteps),
             unit="step",
-            disable=given.get("quiet", False),
+            disable=given.get("quiet", False) or not first,
         )
         for step in steps:
             latents = step.latents
-        (image,) = sampler.decode(latents)
-        record = settings | {
-            "seed": seed,
-            "height": request.height,
-            "width": request.width,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "model_hash": model.hash,
-            "version": __version__,
-        }
-        save_png(image, path, record, force=given.get("force", False))
+        images = sampler.decode(latents)
         seconds = time.perf_counter() - start
-        print(f"{path}  {request.width} x {request.height}, seed {seed}, {seconds:.1f} s", flush=True)
+        for i, image in enumerate(images if first else []):
+            path = paths[k + i]
+            record = settings | {
+                "seed": seed + i,
+                "height": request.height,
+                "width": request.width,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "model_hash": model.hash,
+                "version": __version__,
+            }
+            save_png(image, path, record, force=given.get("force", False))
+            print(f"{path}  {request.width} x {request.height}, seed {seed + i}, {seconds:.1f} s", flush=True)
+
+
+def at_once(sampler: SimpleSampler, count: int, prompt: str, call: dict[str, Any]) -> int:
+    """How many pictures are drawn together: one, or as many as ranks deal out among them."""
+    from .parallel import ParallelSampler
+
+    if not isinstance(sampler, ParallelSampler):
+        return 1
+    return sampler.plan(prompt, num_images_per_prompt=count, **call).split.image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(argv[0]) if argv else None
     if argv and (command or argv[0] == "draw"):
         argv.pop(0)
+    launch.enter()
     warnings.showwarning = lambda message, *_: print(f"artist: warning: {message}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) > 0:
+        warnings.showwarning = lambda *_: None  # rank 0 says it
     try:
         if command:
             command.run(command.parser().parse_args(argv))
@@ -229,11 +299,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not given:
                 draw_parser().print_help()
                 return 2
-            draw(given)
+            draw(given, argv)
     except KeyboardInterrupt:
-        print("\nartist: stopped.", file=sys.stderr)
+        if not launch.is_rank():  # whoever started the ranks says it
+            print("\nartist: stopped.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:  # the library's own sentences, and the system's on files
-        print(f"artist: error: {error}", file=sys.stderr)
-        return 2
+        if not launch.report(str(error)):
+            print(f"artist: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
     return 0

@@ -8,6 +8,7 @@ has all results. docs/parallel.md has the pictures, the commands, and what moves
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import SpatialTransformer, replaced
 from .loader import StableDiffusion
-from .ranks import Ranks, Traffic, agree, connect, waiting, watched, world
+from .ranks import Ranks, Traffic, agree, connect, lost, waiting, watched, world
 from .rows import rows_of_unet, rows_of_vae
 from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guided, with_text
 from .unet import Downsample, UNet, Upsample
@@ -87,11 +88,8 @@ class Plan:
         if split.guidance > 1:
             lines.append("guidance: 1 exchange a step")
         if split.size < self.ranks:
-            lines.append(
-                f"{self.ranks - split.size} of {self.ranks} ranks have nothing to do: no split uses them all"
-            )
-            if not self.given:
-                lines[-1] += " and is faster"
+            idle = f"{self.ranks - split.size} of {self.ranks} ranks have nothing to do"
+            lines.append(idle if self.given else f"{idle}: with more of them it would not be faster")
         return "\n".join(lines)
 
 
@@ -117,10 +115,10 @@ class ParallelSampler(SimpleSampler):
 
     # ---- the plan
 
-    def plan(self, prompt: Prompt | None = None, **options: Any) -> Plan:
-        """How this call would be split, and why. Takes the arguments of a call; `str(plan)` is for people."""
+    def plan(self, prompt: Prompt | None = None, *, ranks: int | None = None, **options: Any) -> Plan:
+        """How this call would be split over the world, or so many `ranks`, and why; else the arguments of a call."""
         with torch.no_grad():
-            return self.make_plan(self.request(prompt, **options))
+            return self.make_plan(self.request(prompt, **options), ranks)
 
     def make_plan(self, request: Request, ranks: int | None = None) -> Plan:
         f = self.model.vae.config.downsampling
@@ -240,6 +238,21 @@ class ParallelSampler(SimpleSampler):
         }
 
 
+def load_together(read: Callable[[], StableDiffusion], device: torch.device) -> StableDiffusion:
+    """`read()` on every rank: first on one of each machine, which downloads what is missing, then on the others."""
+    connect(device)
+    rank, count = world()
+    first = int(os.environ.get("LOCAL_RANK", rank)) == 0
+    model = read() if first else None
+    if count > 1:
+        with lost():
+            torch.distributed.barrier()
+    if model is None:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which load does
+        model = read()
+    return model
+
+
 def split_of(split: Mapping[str, int]) -> Split:
     if not set(split) <= set(Split._fields) or not all(
         isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in split.values()
@@ -334,7 +347,7 @@ def work_of(unet: UNet, height: int, width: int) -> tuple[float, float, int]:
     """Of a forward of one sample: operations, elements of keys and values, and the exchanges of a cut by rows."""
     work, elements, exchanges = 0.0, 0.0, 3
     blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
-    for layer in (layer for block in blocks for layer in block):  # type: ignore[union-attr]
+    for layer in (layer for block in blocks for layer in block):
         if isinstance(layer, Downsample):
             height, width = -(-height // 2), -(-width // 2)
         if isinstance(layer, Upsample):

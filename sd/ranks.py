@@ -7,10 +7,13 @@ alone, so any set of ranks can exchange without a group of its own. What is sent
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .launch import report
+
 Shape = tuple[int, ...]
 
 
 class RankError(ValueError):
     """Another rank is gone, hangs, or disagrees; the message names it."""
+
+    code = 1  # of the command's exit
 
 
 @dataclass
@@ -173,21 +180,22 @@ def waiting() -> Iterator[None]:
         PULSE.calls += 1
 
 
-def give_up(message: str) -> None:
-    """End this process at once: its main thread may be waiting for ever."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:  # for the launcher, which says it once
-        import json
+def give_up(message: str, who: str = "") -> None:
+    """End this process at once, for its main thread may wait for ever; and the rank `who`, if it is on this machine.
 
-        with open(file, "w") as out:
-            json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, out)
-    else:
-        print(f"sd: error: {message}", flush=True)
+    A process that hangs may take no notice of the launcher's polite signals.
+    """
+    if not report(message):
+        print(f"sd: error: {message}", file=sys.stderr, flush=True)
+    host, _, pid = who.rpartition("/")
+    if host == socket.gethostname():
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGKILL)
     os._exit(1)
 
 
 @contextmanager
-def watched(timeout: float, fail: Callable[[str], None] = give_up) -> Iterator[None]:
+def watched(timeout: float, fail: Callable[[str, str], None] = give_up) -> Iterator[None]:
     """Within the block, end this process where another rank is silent, or calls no layer, for `timeout` seconds."""
     rank, count = world()
     if count == 1 or PULSE.on:
@@ -214,11 +222,11 @@ def count_call(*_: Any) -> None:
 
 
 def beat(number: int) -> str:
-    return f"{number} {PULSE.calls} {int(PULSE.waits > 0)}"
+    return f"{number} {PULSE.calls} {int(PULSE.waits > 0)} {socket.gethostname()}/{os.getpid()}"
 
 
 def look(
-    store: Any, rank: int, count: int, timeout: float, done: threading.Event, fail: Callable[[str], None]
+    store: Any, rank: int, count: int, timeout: float, done: threading.Event, fail: Callable[[str, str], None]
 ) -> None:
     seen: dict[int, tuple[str, str, float, float]] = {}  # the last beat and call count of each, and since when
     number = 0
@@ -228,17 +236,17 @@ def look(
             store.set(f"{rank}", beat(number))
             now = time.monotonic()
             for other in set(range(count)) - {rank}:
-                said = store.get(f"{other}").decode() if store.check([f"{other}"]) else "0 0 1"
-                number_of, calls, waits = said.split() if said != "left" else (str(now), str(now), "1")
+                said = store.get(f"{other}").decode() if store.check([f"{other}"]) else "0 0 1 /"
+                number_of, calls, waits, who = said.split() if said != "left" else (str(now), str(now), "1", "/")
                 before = seen.get(other, ("", "", now, now))
                 alive = before[2] if number_of == before[0] else now
                 working = before[3] if calls == before[1] and waits == "0" else now
                 seen[other] = number_of, calls, alive, working
                 if now - alive > timeout:
-                    fail(f"Rank {other} has not answered for {timeout:.0f} s: it hangs, or its machine is gone.")
+                    fail(f"Rank {other} has not answered for {timeout:.0f} s: it hangs, or its machine is gone.", who)
                 if now - working > timeout:
-                    fail(f"Rank {other} has been stuck in one layer for {timeout:.0f} s, and waits for nobody.")
+                    fail(f"Rank {other} has been stuck in one layer for {timeout:.0f} s, and waits for nobody.", who)
         except Exception:
             if not done.is_set():
-                fail("The ranks' meeting point does not answer: rank 0 or its machine is gone.")
+                fail("The ranks' meeting point does not answer: rank 0 or its machine is gone.", "/")
             return

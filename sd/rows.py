@@ -195,7 +195,8 @@ def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Forwards:
                 forwards[layer] = up(layer, levels[at], levels[at - 1])
                 at -= 1
 
-    first, (norm, _, last) = unet.input_blocks[0][0], unet.out
+    first: nn.Conv2d = unet.input_blocks[0][0]  # type: ignore[index]
+    norm, _, last = unet.out
     forwards[first] = lambda x: levels[0].conv_of_whole(first, x)
     visit([*unet.input_blocks, unet.middle_block, *unet.output_blocks])
     forwards[unet.out] = lambda x: levels[0].gather(levels[0].norm_silu_conv(norm, last, x))  # type: ignore[arg-type]
