@@ -9,10 +9,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import study
     from .attention import attention, chunked_attention, use_attention
     from .checkpoint import CheckpointError
+    from .describe import describe
+    from .fast import fast
     from .lean import LeanSampler
     from .loader import StableDiffusion, convert, load, save
+    from .parallel import ParallelSampler
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
     from .scheduler import DDIM, LMS, PNDM, NoiseSchedule
     from .source import LoadError, info
@@ -29,6 +33,9 @@ _HOME = {
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule"], "scheduler"),
     **dict.fromkeys(["StableDiffusion", "convert", "load", "save"], "loader"),
     "LeanSampler": "lean",
+    "ParallelSampler": "parallel",
+    "describe": "describe",
+    "fast": "fast",
     **dict.fromkeys(["LoadError", "info"], "source"),
     **dict.fromkeys(["NotFiniteError", "SimpleSampler", "Step", "denoise"], "sampler"),
 }
@@ -42,6 +49,7 @@ __all__ = [
     "LoadError",
     "NoiseSchedule",
     "NotFiniteError",
+    "ParallelSampler",
     "SimpleSampler",
     "StableDiffusion",
     "Step",
@@ -52,15 +60,20 @@ __all__ = [
     "chunked_attention",
     "convert",
     "denoise",
+    "describe",
+    "fast",
     "info",
     "load",
     "save",
+    "study",
     "use_attention",
 ]
 
 
 class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
+        if name == "study":  # a file that is used by its name: sd.study.trace
+            return import_module("sd.study")
         if name not in _HOME:
             raise AttributeError(f"module 'sd' has no attribute {name!r}")
         value = getattr(import_module(f"sd.{_HOME[name]}"), name)
@@ -73,7 +86,7 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *_HOME})
+        return sorted({*self.__dict__, *_HOME, "study"})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""The commands beside drawing: `artist convert`, `artist info`. A parser and a function each, listed at the end.
+"""The commands beside drawing, `artist convert` and others: a parser and a function each, listed at the end.
 
 Nothing that imports torch is imported before it is needed.
 """
@@ -80,7 +80,157 @@ def info(args: argparse.Namespace) -> None:
     print(format_info(look(args.source, revision=args.revision)))
 
 
+# ---- compare
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="artist compare",
+        description="Compare a model with diffusers, block by block on the same inputs: largest relative difference, "
+        "time and memory of both. Or two sources of weights: which tensors differ, and what that does.",
+        epilog="Exit code 1 where something is over its bound or differs. diffusers comes with "
+        "pip install 'artificial-artist[compare]'; two sources need nothing.",
+    )
+    add = parser.add_argument
+    add("source", nargs="?", help="as of artist --model; shapes, the built-in model, if not given")
+    add("other", nargs="?", help="a second source, to compare with in place of diffusers")
+    add("--random", choices=["full", "small"], help="random weights in place of a source")
+    add("--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="to compute in; float64, but float32 "
+        "for two sources")  # fmt: skip
+    add("--device", default="cpu", help="cpu, cuda; cpu")
+    add("--size", type=int, metavar="PIXELS", help="edge of the picture; the model's own if not given")
+    add("--only", nargs="+", metavar="PART", help="of text, unet, vae, schedulers; not for two sources")
+    add("--bound", type=float, help="largest that passes; 1e-10 in float64, 1e-5 in float32; 0 for two sources")
+    add("--repeats", type=int, default=1, metavar="N", help="how often a block is timed; 1, and 0 for no measuring")
+    add("--json", metavar="FILE", help="write the figures there as well")
+    add("--force", action="store_true", help="write over an existing file")
+    add_source_options(parser)
+    return parser
+
+
+def compare(args: argparse.Namespace) -> None:
+    from .reference import CompareError
+
+    if args.random and args.source:
+        raise CompareError("Random weights and a source exclude each other: leave one of them out.")
+    if args.other and args.only:
+        raise CompareError("--only is for the comparison with diffusers: two sources are compared whole.")
+    if args.bound is not None and not args.bound >= 0:
+        raise CompareError(f"--bound must be a number of at least 0, not {args.bound}.")
+    if args.json and Path(args.json).exists() and not args.force:
+        raise CompareError(f"{args.json} exists: choose another name, or write over it with --force.")
+    from .compare import compare_command
+    from .report import format_report, write_report
+
+    report = compare_command(args)
+    print(format_report(report))
+    if args.json:
+        write_report(report, Path(args.json))
+    if not report.same:
+        raise SystemExit(1)
+
+
+# ---- describe
+
+
+def describe_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="artist describe",
+        description="A model as a table, or as a tree: every block with its output's shape, its parameters, FLOPs "
+        "and bytes. Weights are not read.",
+    )
+    add = parser.add_argument
+    add("source", nargs="?", help="as of artist --model; Stable Diffusion v1 itself if not given")
+    add("--height", type=int, metavar="PIXELS", help="of the picture; the model's own size if not given")
+    add("--width", type=int, metavar="PIXELS")
+    add("--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="in which bytes are counted")
+    add("--tree", action="store_true", help="every module, in place of the table")
+    add("--depth", type=int, metavar="N", help="of the tree; all if not given")
+    add("--json", action="store_true", help="the same as JSON")
+    add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    add("--hub-variant", metavar="NAME", help="which files of a Hub repository: fp16")
+    add("--config", metavar="JSON", help="sizes that a weights file does not tell, such as the head count")
+    return parser
+
+
+def describe(args: argparse.Namespace) -> None:
+    import torch
+
+    from .describe import describe as look
+
+    where = {"revision": args.revision, "variant": args.hub_variant} if args.source else {}
+    found = look(
+        args.source,
+        height=args.height,
+        width=args.width,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        config=args.config,
+        **where,
+    )
+    print(found.json() if args.json else found.tree(args.depth) if args.tree else found)
+
+
+# ---- study
+
+
+def study_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="artist study",
+        description="Draw one picture and write a page about it, for any browser: every step, which word acts where, "
+        "the noise schedule, and what each block of the UNet returns.",
+    )
+    add = parser.add_argument
+    add("prompt", help='what to draw: "a large red star on a white background"')
+    add("-o", "--output", metavar="HTML", default="report.html", help="report.html if not given")
+    add("--model", default="shapes", help="shapes (built in), a .ckpt or .safetensors file, a folder, a repository")
+    add("--negative", default="", metavar="TEXT", help="what to stay away from")
+    add("--steps", type=int, default=50, metavar="N", help="1 to 1000; 50 if not given")
+    add("--guidance", type=float, default=7.5, metavar="G", help="how closely to follow; 7.5")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 8; the model's own size if not given")
+    add("--width", type=int, metavar="PIXELS")
+    add("--scheduler", default="pndm", metavar="NAME", help="pndm, ddim or lms; pndm")
+    add("--eta", type=float, default=0.0, help="0 to 1, how much noise ddim draws anew; 0")
+    add("--trace", metavar="FILE", help="write the tensors of every step there as well, as .safetensors")
+    add("--variant", choices=["simple", "lean"], help="how the work is done: simple; lean, in little memory")
+    add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
+    add("--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="float16 on a GPU, else float32")
+    add("--force", action="store_true", help="write over existing files")
+    add_source_options(parser)
+    return parser
+
+
+def study(args: argparse.Namespace) -> None:
+    from .cli import load_model, make_sampler  # not at the head: cli imports this file
+    from .page import refuse_existing, study_page, write_page
+
+    paths = [Path(path) for path in (args.output, args.trace) if path is not None]
+    refuse_existing(paths, args.force)  # before any work is done
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    names = {name: getattr(args, name) for name in ("model", "revision", "hub_variant", "ema", "dtype")}
+    sampler = make_sampler(load_model(names, given), given)
+    page, record = study_page(
+        sampler,
+        args.prompt,
+        negative_prompt=args.negative,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        height=args.height,
+        width=args.width,
+        scheduler=args.scheduler,
+        eta=args.eta,
+    )
+    if args.trace:
+        record.save(args.trace, force=args.force)
+    write_page(page, args.output, force=args.force)
+    print(f"{args.output}  {Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
 COMMANDS = {
+    "compare": Command("a model with diffusers, or two sources", compare_parser, compare),
     "convert": Command("one self-contained file from any source", convert_parser, convert),
+    "describe": Command("every block of a model and what it costs", describe_parser, describe),
     "info": Command("what a source holds", info_parser, info),
+    "study": Command("a page about one drawing: its steps, words and blocks", study_parser, study),
 }

@@ -12,41 +12,15 @@ from safetensors.torch import save_file
 
 import sd
 from sd import names
-from sd.text import TextConfig, TextEncoder, text_shapes
+from sd.reference import SMALL_TEXT as TEXT
+from sd.reference import SMALL_UNET as UNET
+from sd.reference import SMALL_VAE as VAE
+from sd.reference import bytes_to_letters, diffusers_unet, diffusers_vae, hub_tensors, random_tensors, tokenizer_files
+from sd.reference import random_model as make_model
+from sd.text import TextConfig, text_shapes
 
-UNET = sd.UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 2, 2),
-    num_res_blocks=1,
-    attention_resolutions=(1, 2),
-    num_heads=8,
-    context_dim=64,
-)
-VAE = sd.VAEConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1)
-TEXT = TextConfig(vocab_size=517, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1)
-
-
-def bytes_to_letters() -> list[str]:
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in kept] + [chr(256 + i) for i in range(256 - len(kept))]
-
-
-def tokenizer_files() -> dict[str, str]:
-    """A CLIP tokenizer of single bytes, with two merges."""
-    letters = bytes_to_letters()
-    tokens = [
-        *letters,
-        *(c + "</w>" for c in letters),
-        "st",
-        "ar</w>",
-        "star</w>",
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return {
-        "vocab.json": json.dumps({t: i for i, t in enumerate(tokens)}),
-        "merges.txt": "#version: 0.2\ns t\na r</w>\nst ar</w>\n",
-    }
+__all__ = ["TEXT", "UNET", "VAE", "bytes_to_letters", "diffusers_unet", "diffusers_vae", "hub_tensors", "make_model",
+           "random_tensors", "tokenizer_files"]  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -54,35 +28,6 @@ def write_tokenizer(folder: Path) -> Path:
     for name, content in tokenizer_files().items():
         (folder / name).write_text(content, encoding="utf-8")
     return folder
-
-
-def random_tensors(shapes: dict[str, torch.Size], seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights of a size at which nothing dies out or blows up."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        one = 0.1 * noise + name.endswith("weight")  # biases about 0, scales of norms about 1
-        state[name] = (noise / shape[1:].numel() ** 0.5 if len(shape) > 1 else one).to(dtype)
-    return state
-
-
-def make_model(
-    unet: sd.UNetConfig = UNET,
-    vae: sd.VAEConfig = VAE,
-    text: TextConfig = TEXT,
-    dtype: torch.dtype = torch.float32,
-    size: int = 64,
-) -> sd.StableDiffusion:
-    with torch.device("meta"):
-        parts = [sd.UNet(unet), sd.VAE(vae)]
-    for seed, part in enumerate(parts):
-        shapes = {name: tensor.shape for name, tensor in part.state_dict().items()}
-        part.load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
-    shapes = {name: torch.Size(shape) for name, shape in text_shapes(text).items()}
-    files = tokenizer_files()
-    encoder = TextEncoder(text, random_tensors(shapes, 2, dtype), files["vocab.json"], files["merges.txt"])
-    return sd.StableDiffusion(parts[0].eval(), parts[1].eval(), encoder, name="tiny", size=size)
 
 
 def compvis_tensors(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
@@ -141,61 +86,6 @@ def ema_tensors(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
     """EMA weights as full checkpoints hold them: half of the others here, to be told from them."""
     state = model.unet.state_dict()
     return {flat: state[name] / 2 for name, flat in names.ema_names(state).items()}
-
-
-def hub_tensors(model: sd.StableDiffusion) -> dict[str, dict[str, torch.Tensor]]:
-    """The UNet's and the VAE's weights under the Hub's names."""
-    unet, vae = model.unet.state_dict(), model.vae.state_dict()
-    result = {
-        "unet": {hub: unet[n] for n, hub in names.unet_to_hub(unet, model.unet.config).items()},
-        "vae": {hub: vae[n] for n, hub in names.vae_to_hub(vae, model.vae.config).items()},
-    }
-    for name, tensor in result["vae"].items():
-        if "attentions" in name and tensor.ndim == 4:
-            result["vae"][name] = tensor[:, :, 0, 0]  # Linear there
-    return result
-
-
-def diffusers_unet(model: sd.StableDiffusion, assign: bool = True):
-    """diffusers' UNet with the same weights."""
-    from diffusers import UNet2DConditionModel
-
-    c = model.unet.config
-    attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=model.size // 8,
-            block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
-            layers_per_block=c.num_res_blocks,
-            cross_attention_dim=c.context_dim,
-            attention_head_dim=c.num_heads,
-            norm_num_groups=c.num_groups,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
-        )
-    unet.load_state_dict(hub_tensors(model)["unet"], strict=True, assign=assign)
-    return unet.eval()
-
-
-def diffusers_vae(model: sd.StableDiffusion):
-    """diffusers' VAE with the same weights."""
-    from diffusers import AutoencoderKL
-
-    c = model.vae.config
-    levels = len(c.ch_mult)
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=tuple(m * c.ch for m in c.ch_mult),
-            layers_per_block=c.num_res_blocks,
-            latent_channels=c.z_channels,
-            norm_num_groups=c.num_groups,
-            scaling_factor=c.scale_factor,
-            sample_size=model.size,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-        )
-    vae.load_state_dict(hub_tensors(model)["vae"], strict=True, assign=True)
-    return vae.eval()
 
 
 def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False, suffix: str = "safetensors") -> Path:

@@ -1,0 +1,164 @@
+"""Which call of the UNet is under way, seen from outside: its step, its timestep, and what its rows stand for.
+
+The instruments of `study.py` and `maps.py` need to know it, and samplers differ in it: guidance is a batch of two
+halves (the negative one first, as in ldm), or two calls in turn (`LeanSampler` in little memory), or is not there.
+`Calls` tells which by what goes in: in a guidance batch both halves have the same x; of two calls in turn, both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loader import StableDiffusion
+from .text import TextEncoder
+
+
+def model_of(model: Any) -> StableDiffusion:
+    """The model itself, or that of a sampler."""
+    model = getattr(model, "model", model)
+    if not isinstance(model, StableDiffusion):
+        raise ValueError(f"An instrument looks at a model or a sampler, as sd.load gives it, not at {model!r}.")
+    return model
+
+
+class Calls:
+    """What is known about the UNet's calls while `watch` is on.
+
+    run         how many samplings have begun; instruments begin anew when it changes
+    step        of this run, from 0; timestep: what the UNet was told
+    images      how many pictures are being drawn
+    half        what the rows of this call are: "both" halves of guidance, "cond" (the prompt's) or "uncond"
+    prompts     one text a picture; None where embeddings were passed. May be set
+    size        height and width of the latents
+    """
+
+    def __init__(self, model: StableDiffusion):
+        self.model = model
+        self.run, self.step, self.images, self.half = 0, -1, 0, "cond"
+        self.timestep = float("nan")
+        self.prompts: list[str] | None = None
+        self.size = (0, 0)
+        self._encoded: list[tuple[list[str], Tensor]] = []  # texts and embeddings since the last call
+        self._mode = ""  # of this run: "batch", "turns", "plain"
+        self._x: Tensor | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[Calls]:
+        text, encode = self.model.text, self.model.text.encode
+
+        def encode_and_note(prompts: Any) -> Tensor:
+            result = encode(prompts)
+            self._encoded.append(([prompts] if isinstance(prompts, str) else list(prompts), result))
+            return result
+
+        before = text.__dict__.get("encode")  # another instrument's
+        text.__dict__["encode"] = encode_and_note
+        handle = self.model.unet.register_forward_pre_hook(self._note, with_kwargs=True)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            text.__dict__.pop("encode")
+            if before is not None:
+                text.__dict__["encode"] = before
+
+    def cond(self, rows: int) -> slice:
+        """Of a batch of `rows` in this call, those that are told what to draw."""
+        return slice(0, 0) if self.half == "uncond" else slice(max(rows - self.images, 0), rows)
+
+    def uncond(self, rows: int) -> slice:
+        """Those that are told the negative prompt: all that are not `cond`."""
+        return slice(0, rows if self.half == "uncond" else max(rows - self.images, 0))
+
+    def _note(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("x", "t", "context"), args, strict=False)) | kwargs
+        x, t, context = given["x"], float(given["t"].flatten()[0]), given["context"]
+        again = self._x is not None and t == self.timestep and torch.equal(x, self._x)
+        known = self._x is not None and x.shape == self._x.shape and t <= self.timestep and not self._encoded
+        if not known:
+            self.run, self.step = self.run + 1, -1
+            self._mode = self._guess(x, context)
+        elif self.step == 0 and self._mode == "plain" and again and self.half == "cond":
+            # What looked like a call without guidance was the first of two in turn: begin again with the second.
+            self.run, self._mode, self.half = self.run + 1, "turns", "uncond"
+        elif self._mode == "turns" and self.half == "uncond" and not again:
+            self.run, self.step, self._mode = self.run + 1, -1, "plain"  # and the other way round
+        if self._mode == "turns" and known and self.half == "uncond":
+            self.half = "cond"
+        else:
+            self.step += 1
+            self.half = {"batch": "both", "turns": "uncond", "plain": "cond"}[self._mode]
+        rows = max(len(x), len(context)) if context.ndim == 3 else len(x)
+        self.images = rows // 2 if self._mode == "batch" else rows
+        self._x, self.timestep, self.size = x.clone(), t, (x.shape[-2], x.shape[-1])
+        if not known:
+            self.prompts = self._texts(context)
+            self._encoded = []
+
+    def _guess(self, x: Tensor, context: Tensor) -> str:
+        if context.ndim == 3 and len(context) == 2 * len(x):
+            return "batch"
+        if len(x) % 2 == 0 and torch.equal(*x.chunk(2)):
+            # The same noise for several prompts, without guidance, looks like that too.
+            told = len(self._encoded) == 1 and self._texts(context, len(x)) is not None
+            return "plain" if told else "batch"
+        return "turns" if len(self._encoded) > 1 else "plain"
+
+    def _texts(self, context: Tensor, images: int | None = None) -> list[str] | None:
+        """The prompts of the last `images` rows, known by their embeddings, or else by the order of encoding."""
+        if not self._encoded:
+            return None
+        images = self.images if images is None else images
+        if context.ndim != 3:  # `LeanSampler` has used the embeddings already: the prompts' came first
+            texts = self._encoded[0][0]
+            return [texts[i * len(texts) // images] for i in range(images)] if images % len(texts) == 0 else None
+        pairs = [(text, row) for texts, rows in self._encoded for text, row in zip(texts, rows, strict=True)]
+        found = [next((text for text, row in pairs if torch.equal(row, r)), None) for r in context[-images:]]
+        return [text for text in found if text is not None] if None not in found else None
+
+
+# ---- words
+
+
+def token_ids(text: TextEncoder, prompt: str) -> list[int]:
+    """The tokens of a prompt with start and end, cut as the encoder cuts it, not filled up."""
+    return text.tokenizer(prompt, truncation=True, max_length=text.config.max_position_embeddings).input_ids
+
+
+def words(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
+    """The words of a prompt in order, each with the positions of its tokens: [("a", [1]), ("red", [2]), ...]."""
+    result: list[tuple[str, list[int]]] = []
+    word: list[int] = []
+    ids = token_ids(text, prompt)[:-1]
+    for i, token in enumerate(text.tokenizer.convert_ids_to_tokens(ids)):
+        if i == 0:
+            continue  # the start
+        word.append(i)
+        if token.endswith("</w>") or i == len(ids) - 1:
+            result.append((text.tokenizer.decode([ids[k] for k in word]).strip(), word))
+            word = []
+    return result
+
+
+def find_word(text: TextEncoder, prompt: str, word: str, occurrence: int | None = None) -> list[int]:
+    """Where the tokens of a word, or of several that follow each other, stand among the 77 of a prompt.
+
+    occurrence: which one, from 0, where it is there more than once; all of them if not given.
+    Raises ValueError where the prompt does not have it, or not so often.
+    """
+    ids, wanted = token_ids(text, prompt)[1:-1], text.tokenizer(word).input_ids[1:-1]
+    ends = [token.endswith("</w>") for token in text.tokenizer.convert_ids_to_tokens(ids)]
+    found = [
+        list(range(i + 1, i + 1 + len(wanted)))
+        for i in range(len(ids))
+        if wanted and ids[i : i + len(wanted)] == wanted and (i == 0 or ends[i - 1])
+    ]
+    if not found or (occurrence is not None and not 0 <= occurrence < len(found)):
+        often = f"{word!r} {len(found)} times (count them from 0)" if found else f"no {word!r}"
+        raise ValueError(f"The prompt {prompt!r} has {often}: give a word of it as it is written there.")
+    return [i for places in found for i in places] if occurrence is None else found[occurrence]

@@ -1,0 +1,344 @@
+"""Where, and by how much, a model differs from diffusers, or one source of weights from another: `artist compare`.
+
+Blocks are compared on the same inputs: our model runs, and each of its blocks hands what it was given to its
+counterpart too. So a fault shows in the block that has it, and not in all that follow; what it adds up to, and
+what is wrong between blocks, shows in the rows of the whole UNet, encoder and decoder.
+
+Everything is returned as plain data: see `Report`, `Row` and `Change`.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .loader import StableDiffusion, build, check_dtype, load, read_config, tokenizer_texts
+from .measure import Row, compare_blocks, pair, relative, weights_on_use
+from .names import PARTS
+from .reference import CompareError
+from .report import Change, Report
+from .scheduler import SCHEDULERS, make_scheduler
+from .source import LoadError, Source, find, refuse_other_kinds
+from .text import TextEncoder
+from .vae import VAE
+
+PROMPT = "a red star above a blue ring on a white background"
+WHAT = ("text", "unet", "vae", "schedulers")
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+LMS_BOUND = 1e-7  # diffusers integrates LMS numerically, in float32; ours is exact
+STEPS = 50  # of every scheduler
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the inputs, the same for every comparison
+
+
+@dataclass(frozen=True)
+class Inputs:
+    latents: Tensor  # (2, 4, h, w): of two halves, as with guidance
+    timesteps: Tensor  # (2,), one of them fractional, as LMS has
+    image: Tensor  # (1, 3, H, W) in [-1, 1]
+
+
+def make_inputs(model: StableDiffusion, size: int | None) -> Inputs:
+    f = model.vae.config.downsampling
+    size = model.size if size is None else size
+    if type(size) is not int or size % f or not f <= size <= 4096:
+        raise CompareError(f"The size must be a multiple of {f} from {f} to 4096 pixels, not {size!r}.")
+    generator = torch.Generator().manual_seed(0)
+    on: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    latents = torch.randn(2, model.unet.config.in_channels, size // f, size // f, generator=generator)
+    image = torch.rand(1, model.vae.config.in_channels, size, size, generator=generator) * 2 - 1
+    return Inputs(latents.to(**on), torch.tensor([981.0, 17.25], device=model.device), image.to(**on))
+
+
+def vae_modules(vae: VAE) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Name -> module, of the blocks of the encoder and of the decoder."""
+    encoder: dict[str, nn.Module] = {"quant_conv": vae.quant_conv}
+    decoder: dict[str, nn.Module] = {"post_quant_conv": vae.post_quant_conv}
+    for side, half, table in (("encoder", vae.encoder, encoder), ("decoder", vae.decoder, decoder)):
+        for key in ("conv_in", "mid", "norm_out", "conv_out"):
+            table[f"{side}.{key}"] = getattr(half, key)
+    encoder |= {f"encoder.down.{i}": level for i, level in enumerate(vae.encoder.down)}
+    decoder |= {f"decoder.up.{i}": level for i, level in enumerate(vae.decoder.up)}
+    return encoder, decoder
+
+
+def unet_modules(unet: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of the blocks of a UNet."""
+    inner = ((f"{name}.{i}", block) for name in ("input_blocks", "output_blocks")
+             for i, block in enumerate(getattr(unet, name)))  # fmt: skip
+    return dict(inner) | {name: getattr(unet, name) for name in ("time_embed", "middle_block", "out")}
+
+
+# ---- against diffusers
+
+
+@torch.no_grad()
+def compare_with_diffusers(
+    model: StableDiffusion,
+    *,
+    size: int | None = None,
+    what: Sequence[str] = WHAT,
+    bound: float | None = None,
+    repeats: int = 1,
+    prompt: str = PROMPT,
+) -> Report:
+    """A row for the text encoder, each block of the UNet and the VAE, each of these whole, and each scheduler.
+
+    model    in the dtype and on the device to compare in; float64 shows the smallest faults
+    size     of the picture, in pixels along an edge; the model's own if not given
+    what     which of "text", "unet", "vae", "schedulers"
+    bound    largest difference that passes; 1e-10 in float64, 1e-5 in float32, 1e-2 in half precision
+    repeats  how often each block is timed
+
+    diffusers' models get the very same weights, in the same memory. Raises CompareError, a ValueError, for
+    arguments that do not fit and where diffusers is not installed.
+    """
+    if unknown := [w for w in what if w not in WHAT]:
+        raise CompareError(f"There is no part {unknown[0]!r} to compare: choose among {', '.join(WHAT)}.")
+    if type(repeats) is not int or repeats < 0:
+        raise CompareError(f"repeats must be a whole number of at least 0, not {repeats!r}.")
+    bound = BOUNDS.get(model.dtype, 1e-2) if bound is None else bound
+    version = reference.diffusers().__version__
+    model = model.ready()
+    inputs = make_inputs(model, size)
+    side = inputs.image.shape[-1]
+    report = Report(
+        f"{model.name} against diffusers {version}: {name_of(model.dtype)}, {side} x {side}, {model.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
+        ("ours", "diffusers"),
+    )
+    text, context = compare_text(model, prompt, bound, repeats)
+    if "text" in what:
+        report.rows.append(text)
+    if "unet" in what:
+        report.rows += compare_unet(model, inputs, context, bound, repeats)
+    if "vae" in what:
+        report.rows += compare_vae(model, inputs, bound, repeats)
+    if "schedulers" in what:
+        report.rows += [compare_scheduler(name, inputs.latents, bound) for name in SCHEDULERS]
+    return report
+
+
+def compare_text(model: StableDiffusion, prompt: str, bound: float, repeats: int) -> tuple[Row, Tensor]:
+    """Ours against transformers' CLIPTextModel as diffusers' encode_prompt calls it; with the result, (2, 77, C)."""
+    texts = ["", prompt]
+    fresh = TextEncoder(model.text.config, model.text.state_dict(), model.text.vocab, model.text.merges)
+
+    for encoder in (model.text, fresh):
+        _ = encoder.model, encoder.tokenizer  # made on first use, which is not to be measured
+
+    def theirs() -> Tensor:
+        length = fresh.tokenizer.model_max_length
+        tokens = fresh.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return fresh.model(tokens.input_ids.to(model.device), attention_mask=None)[0]
+
+    return pair("text", lambda: model.encode_prompt(texts), theirs, bound, repeats)
+
+
+def compare_unet(model: StableDiffusion, inputs: Inputs, context: Tensor, bound: float, repeats: int) -> list[Row]:
+    unet, theirs = model.unet, reference.diffusers_unet(model)
+    arguments = inputs.latents, inputs.timesteps, context
+    counterparts = reference.unet_counterparts(unet, theirs)
+    # Theirs starts from the timesteps: the sines and cosines are part of it.
+    counterparts["time_embed"] = lambda x: theirs.time_embedding(theirs.time_proj(inputs.timesteps).to(x.dtype))
+    counterparts["out"] = lambda x: theirs.conv_out(theirs.conv_act(theirs.conv_norm_out(x)))
+    rows = compare_blocks("unet", unet_modules(unet), counterparts, lambda: unet(*arguments), bound, repeats)
+    whole, _ = pair(
+        "unet (whole)",
+        lambda: unet(*arguments),
+        lambda: theirs(*arguments, return_dict=False)[0],
+        bound,
+        repeats,
+    )
+    return [*rows, whole]
+
+
+def compare_vae(model: StableDiffusion, inputs: Inputs, bound: float, repeats: int) -> list[Row]:
+    vae, theirs = model.vae, reference.diffusers_vae(model)
+    latent, scale = inputs.latents[:1], model.vae.config.scale_factor
+    calls: tuple[tuple[Callable[[], Tensor], Callable[[], Tensor]], ...] = (
+        (partial(_mean, vae, inputs.image), lambda: theirs.encode(inputs.image).latent_dist.mean),
+        (partial(vae.decode, latent), lambda: theirs.decode(latent / scale, return_dict=False)[0]),
+    )
+    counterparts = reference.vae_counterparts(vae, theirs)
+    rows = []
+    for side, modules, (ours, other) in zip(("encoder", "decoder"), vae_modules(vae), calls, strict=True):
+        rows += compare_blocks("vae", modules, counterparts, ours, bound, repeats)
+        rows.append(pair(f"vae.{side} (whole)", ours, other, bound, repeats)[0])
+    return rows
+
+
+def compare_scheduler(name: str, start: Tensor, bound: float) -> Row:
+    """Every step of a scheduler; both get our latents and the noise that a stand-in for the UNet sees in them."""
+    ours, theirs = make_scheduler(name, STEPS), reference.diffusers_scheduler(name)
+    theirs.set_timesteps(STEPS)
+    x, state = start * ours.init_noise_sigma, ours.init_state()
+    worst, at, seconds = 0.0, 0, [0.0, 0.0]
+    if list(ours.timesteps) != theirs.timesteps.tolist():
+        return Row(name, math.inf, bound, note="other timesteps")
+    for i, t in enumerate(theirs.timesteps):
+        seen, expected_seen = ours.scale_input(i, x), theirs.scale_model_input(x, t)
+        noise = torch.sin(0.9 * seen + float(t) / 300)
+        begin = time.perf_counter()
+        after, state = ours.step(i, noise, x, state)
+        middle = time.perf_counter()
+        expected = theirs.step(noise, t, x, return_dict=False)[0]
+        seconds = [seconds[0] + middle - begin, seconds[1] + time.perf_counter() - middle]
+        difference = max(relative(after, expected), relative(seen, expected_seen))
+        if difference > worst:
+            worst, at = difference, i
+        x = after
+    note = f"{STEPS} steps" + (f", worst at step {at + 1}" if worst else "")
+    return Row(name, worst, max(bound, LMS_BOUND) if name == "lms" else bound, (seconds[0], seconds[1]), None, note)
+
+
+# ---- two sources
+
+
+@torch.no_grad()
+def compare_sources(
+    a: Any,
+    b: Any,
+    *,
+    size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    bound: float = 0.0,
+    prompt: str = PROMPT,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    tokenizer: Any = None,
+    config: Any = None,
+    variant: str | None = None,
+) -> Report:
+    """Which tensors of two sources differ, and what that does: B's blocks on the inputs that A's blocks get.
+
+    a, b     what `sd.load` takes; both stay in their files, tensor by tensor and block by block
+    bound    largest relative difference of a tensor or a block's output that counts as none
+    dtype    in which blocks are computed; tensors are compared as they are
+    Other arguments are those of `sd.load`; revision and variant are of both.
+
+    Where tensors are missing or of other shapes, blocks are not compared, and a note says so. Raises LoadError
+    and its kin for sources that cannot be read.
+    """
+    check_dtype(dtype)
+    first, second = (find(s, revision=revision, token=token, variant=variant) for s in (a, b))
+    refuse_other_kinds(first)
+    refuse_other_kinds(second)
+    report = Report(f"A: {first.name} ({first.kind})\nB: {second.name} ({second.kind})", ("A", "B"))
+    report.changes = list(compare_tensors(first, second, bound))
+    report.tensors = sum(len(first.parts[part].keys() | second.parts[part].keys()) for part in PARTS)
+    if any(change.kind != "value" for change in report.changes):
+        report.notes.append("The blocks are not compared, for the two do not have the same tensors.")
+        return report
+    if first.tokenizer and second.tokenizer and first.tokenizer != second.tokenizer:
+        report.notes.append("The tokenizers differ; both text encoders are given A's tokens.")
+    texts = first.tokenizer or second.tokenizer if tokenizer is None else None
+    aim, settings = (torch.device("cpu"), dtype), read_config(config)
+    try:
+        texts = texts or tokenizer_texts(first, tokenizer, token)
+        models = [build(found, "cpu", None, settings, texts, lazy=aim) for found in (first, second)]
+    except LoadError as error:
+        report.notes.append(f"The blocks are not compared: {error}")
+        return report
+    if models[0].unet.config != models[1].unet.config or models[0].vae.config != models[1].vae.config:
+        report.notes.append("The configurations differ, in what the shapes of tensors do not tell.")
+    size = first.size or second.size if size is None else size  # a .ckpt does not tell
+    report.rows = compare_outputs(models[0], models[1], size, prompt, bound)
+    return report
+
+
+def compare_tensors(a: Source, b: Source, bound: float) -> Iterator[Change]:
+    """The tensors that differ, read one at a time."""
+    for part in PARTS:
+        ours, theirs = a.parts[part], b.parts[part]
+        for name in [*ours, *(name for name in theirs if name not in ours)]:
+            x, y = ours.get(name), theirs.get(name)
+            shapes = None if x is None else tuple(x.shape), None if y is None else tuple(y.shape)
+            if x is None or y is None:
+                yield Change(part, name, f"missing in {'A' if x is None else 'B'}", shapes)
+            elif x.shape != y.shape:
+                yield Change(part, name, "shape", shapes)
+            elif (difference := relative_by_pieces(y, x)) > bound:
+                yield Change(part, name, "value", shapes, difference)
+
+
+def relative_by_pieces(got: Tensor, expected: Tensor, piece: int = 1 << 22) -> float:
+    """`relative`, a few million values at a time; a value that is NaN in both is no difference."""
+    most = top = 0.0
+    for x, y in zip(got.flatten().split(piece), expected.flatten().split(piece), strict=True):
+        x, y = x.double(), y.double()
+        gap = (x - y).abs().masked_fill_((x == y) | (x.isnan() & y.isnan()), 0)
+        most = max(most, gap.nan_to_num_(math.inf).max().item())
+        top = max(top, y.abs().nan_to_num_(0, 0).max().item())
+    return most / max(top, 1e-300) if most else 0.0
+
+
+def compare_outputs(a: StableDiffusion, b: StableDiffusion, size: int | None, prompt: str, bound: float) -> list[Row]:
+    """Rows of B's text encoder, blocks and wholes against A's; both models lazily loaded."""
+    inputs, dtype = make_inputs(a, size), a.dtype
+
+    def encode(model: StableDiffusion) -> Tensor:
+        tensors = {name: t.to(dtype) for name, t in model.text.state_dict().items()}
+        return TextEncoder(model.text.config, tensors, a.text.vocab, a.text.merges).encode(["", prompt])
+
+    def blocks(name: str, modules: Sequence[Mapping[str, nn.Module]], runs: Sequence[Callable[[], Tensor]]) -> None:
+        with weights_on_use(modules[0], dtype), weights_on_use(modules[1], dtype):
+            rows.extend(compare_blocks(name.split(".")[0], modules[0], modules[1], runs[0], bound, 0))
+            rows.append(pair(f"{name} (whole)", runs[1], runs[0], bound, 0)[0])
+
+    text, context = pair("text", lambda: encode(b), lambda: encode(a), bound, 0)
+    rows = [text]
+    arguments = inputs.latents, inputs.timesteps, context
+    unets = [model.unet for model in (a, b)]
+    blocks("unet", [unet_modules(u) for u in unets], [partial(u, *arguments) for u in unets])
+    vaes = [model.vae for model in (a, b)]
+    encoders, decoders = zip(*(vae_modules(vae) for vae in vaes), strict=True)
+    blocks("vae.encoder", encoders, [partial(_mean, v, inputs.image) for v in vaes])
+    blocks("vae.decoder", decoders, [partial(v.decode, inputs.latents[:1]) for v in vaes])
+    return rows
+
+
+def _mean(vae: VAE, image: Tensor) -> Tensor:
+    return vae.moments(image)[0]
+
+
+# ---- the command
+
+
+def compare_command(args: Any) -> Report:
+    """What `artist compare` was asked for; `args` is what its parser made."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise CompareError(
+            f"There is no device {args.device!r} here: leave --device out, or install a torch that has it."
+        ) from None
+    dtype = getattr(torch, args.dtype or ("float32" if args.other else "float64"))
+    options = {"tokenizer": args.tokenizer, "config": args.config, "revision": args.revision}
+    options["variant"] = args.hub_variant
+    if args.other:
+        if args.ema or args.device != "cpu":
+            raise CompareError("Two sources are compared on the CPU, and not by their EMA weights.")
+        bound = args.bound or 0.0
+        return compare_sources(args.source, args.other, size=args.size, dtype=dtype, bound=bound, **options)
+    reference.diffusers()  # before gigabytes are read
+    if args.random:
+        model = reference.random_model_of(args.random, dtype).to(args.device)
+    else:
+        model = load(args.source or "shapes", device=args.device, dtype=dtype, ema=args.ema, **options)
+    what = args.only or WHAT
+    return compare_with_diffusers(model, size=args.size, what=what, bound=args.bound, repeats=args.repeats)

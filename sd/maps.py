@@ -1,0 +1,330 @@
+"""Attention maps: which word acts where, and who looks at whom, added up while a picture is drawn.
+
+The probabilities are computed a second time, beside the model's own attention, from the very queries and keys that
+it was given: so whatever computes the attention (`use_attention`, `chunked_attention`, `LeanSampler`), the maps are
+the same and so is the picture. After DAAM (Tang et al. 2022, arXiv:2210.04885), but exact, and by layer and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+from .calls import Calls, find_word, model_of, words
+
+Index = int | Iterable[int] | None  # one, several, or all
+ROWS = 4096  # queries whose probabilities are computed at once
+
+
+class AttentionMaps:
+    """What `attention_maps` collected of the last call of a sampler; it may be read while the call goes on.
+
+    layers      names of the cross-attentions, and of the self-attentions where they were asked for
+    prompts     one text a picture; to be set by hand where embeddings were passed to the sampler
+    """
+
+    def __init__(self, calls: Calls, heads: bool, steps: bool, side: int, half: str):
+        self._calls, self._heads, self._steps, self._side, self._half = calls, heads, steps, side, half
+        self._run = 0
+        # layer -> step (0 where steps are not kept) -> (images, heads or 1, queries, keys), and how many were added
+        self._sums: dict[str, dict[int, Tensor]] = {}
+        self._counts: dict[str, dict[int, int]] = {}
+        self._grids: dict[str, tuple[int, int]] = {}
+
+    # ---- reading
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self._sums)
+
+    @property
+    def prompts(self) -> list[str] | None:
+        return self._calls.prompts
+
+    @prompts.setter
+    def prompts(self, texts: list[str]) -> None:
+        self._calls.prompts = list(texts)
+
+    def grid(self, layer: str) -> tuple[int, int]:
+        """Height and width of a layer's own map."""
+        self._select(layer, "")
+        return self._grids[layer]
+
+    def words(self, image: int = 0) -> list[tuple[str, list[int]]]:
+        """The words of a picture's prompt in order, each with the positions of its tokens."""
+        return words(self._calls.model.text, self._prompt(image))
+
+    def probabilities(self, layer: str, *, head: Index = None, step: Index = None) -> Tensor:
+        """(images, queries, keys): the mean over the heads and steps chosen, of one layer by its full name.
+
+        Queries are the positions of the layer's grid, row by row. Keys are the 77 tokens, or for self-attention
+        positions as well. Each row sums to 1.
+        """
+        self._select(layer, "")
+        sums, counts = self._sums[layer], self._counts[layer]
+        if step is not None and not self._steps:
+            raise ValueError("The maps are means over all steps: attention_maps(model, steps=True) keeps each.")
+        if head is not None and not self._heads:
+            raise ValueError("The maps are means over all heads: attention_maps(model, heads=True) keeps each.")
+        steps = list(sums) if step is None else _indices(step)
+        if missing := [s for s in steps if s not in sums]:
+            raise ValueError(f"Step {missing[0]} is not among the {len(sums)} that were recorded (from 0).")
+        heads = slice(None) if head is None else _indices(head)
+        try:
+            # one step after the other: nothing of the size of all of them is made
+            total = torch.zeros(())
+            for s in steps:
+                total = total.to(sums[s]) + sums[s][:, heads].mean(1)
+        except IndexError:
+            count = next(iter(sums.values())).shape[1]
+            raise ValueError(f"There are heads 0 to {count - 1} in {layer}, not {head}.") from None
+        return total / sum(counts[s] for s in steps)
+
+    def word(
+        self,
+        word: str,
+        *,
+        image: int = 0,
+        layer: str = "*",
+        head: Index = None,
+        step: Index = None,
+        occurrence: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """(H, W): how much of the attention at each place goes to a word, or to several in a row; 0 to 1.
+
+        layer       a pattern over names, as "output_blocks.*"; the mean over all layers that it matches
+        head, step  a number or several, as range(10, 20); the mean over them, or over all
+        occurrence  which one, from 0, where the prompt has the word more than once; all of them if not given
+        size        the height and width wanted; the picture's if not given. Maps are enlarged bilinearly
+
+        Raises ValueError where the prompt has no such word, or what was asked for was not recorded.
+        """
+        found = find_word(self._calls.model.text, self._prompt(image), word, occurrence)
+        return self.tokens(found, image=image, layer=layer, head=head, step=step, size=size)
+
+    def tokens(
+        self,
+        positions: Iterable[int],
+        *,
+        image: int = 0,
+        layer: str = "*",
+        head: Index = None,
+        step: Index = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """(H, W): the same for tokens by their positions; 0 is the start of the text."""
+        positions = list(positions)
+        maps = []
+        for name in self._select(layer, "attn2"):
+            rows = self.probabilities(name, head=head, step=step)[image]  # (queries, 77)
+            maps.append(self._enlarge(rows[:, positions].sum(-1), name, size))
+        return torch.stack(maps).mean(0)
+
+    def looks_at(
+        self,
+        y: float,
+        x: float,
+        *,
+        image: int = 0,
+        layer: str = "*",
+        head: Index = None,
+        step: Index = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """(H, W): where the place (y, x), each from 0 to 1 across the picture, looks in self-attention.
+
+        Each layer's map sums to 1 over its own grid.
+        """
+        if not (0 <= y <= 1 and 0 <= x <= 1):
+            raise ValueError(f"A place is given as y and x from 0 to 1 across the picture, not {(y, x)}.")
+        maps = []
+        for name in self._select(layer, "attn1"):
+            h, w = self._grids[name]
+            place = min(int(y * h), h - 1) * w + min(int(x * w), w - 1)
+            maps.append(self._enlarge(self.probabilities(name, head=head, step=step)[image, place], name, size))
+        return torch.stack(maps).mean(0)
+
+    def _prompt(self, image: int) -> str:
+        self._select("*", "")  # was anything recorded?
+        if self.prompts is None:
+            raise ValueError("The prompt is not known, for embeddings were passed: set maps.prompts = [text, ...].")
+        if not 0 <= image < len(self.prompts):
+            raise ValueError(f"There are pictures 0 to {len(self.prompts) - 1}, not {image}.")
+        return self.prompts[image]
+
+    def _select(self, pattern: str, kind: str) -> list[str]:
+        """The layers of a kind (attn1, attn2) that a pattern matches: at least one."""
+        if not self._sums:
+            raise ValueError("Nothing was recorded: draw with the model within `with attention_maps(model)`.")
+        chosen = [n for n in self._sums if n.endswith(kind) and fnmatchcase(n, pattern)]
+        if not chosen:
+            kinds = [n for n in self._sums if n.endswith(kind)]
+            hint = f"there are {', '.join(kinds)}" if kinds else "ask for them: attention_maps(self_attention=True)"
+            raise ValueError(f"No layer {pattern!r} was recorded: {hint}.")
+        return chosen
+
+    def _enlarge(self, values: Tensor, layer: str, size: tuple[int, int] | None) -> Tensor:
+        f = self._calls.model.vae.config.downsampling
+        size = size or (f * self._calls.size[0], f * self._calls.size[1])
+        return F.interpolate(values.view(1, 1, *self._grids[layer]), size, mode="bilinear")[0, 0]
+
+    # ---- writing
+
+    def _record(self, layer: str, q: Tensor, k: Tensor) -> None:
+        """Add one call's probabilities. q (B, heads, T, D), k (B, heads, S, D)."""
+        calls, cross = self._calls, layer.endswith("attn2")
+        if self._run != calls.run:
+            self._run, self._sums, self._counts, self._grids = calls.run, {}, {}, {}
+        rows = calls.cond(len(q)) if self._half == "cond" else calls.uncond(len(q))
+        q, k = q[rows], k[rows]
+        if not len(q):
+            return
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        h, w = grid_of(q.shape[2], *calls.size)
+        if cross:
+            cells, grid = None, (h, w)
+        else:
+            cells, grid = cells_of(h, w, self._side, q.device)
+        step = calls.step if self._steps else 0
+        sums = self._sums.setdefault(layer, {})
+        shape = (
+            len(q),
+            q.shape[1] if self._heads else 1,
+            grid[0] * grid[1],
+            k.shape[2] if cross else grid[0] * grid[1],
+        )
+        if step not in sums:
+            sums[step] = torch.zeros(shape, dtype=dtype, device=q.device)
+        counts = self._counts.setdefault(layer, {})
+        counts[step] = counts.get(step, 0) + 1
+        self._grids[layer] = grid
+        heads = max(1, min(q.shape[1], ROWS // q.shape[2]))
+        for total, q_image, k_image in zip(sums[step], q.to(dtype), k.to(dtype), strict=True):
+            for a in range(0, q.shape[1], heads):  # few heads, and few queries, at a time
+                of = slice(a, a + heads)
+                target = total[of] if self._heads else total
+                share = 1.0 if self._heads else 1 / q.shape[1]
+                for b in range(0, q.shape[2], ROWS):
+                    _add(target, q_image[of, b : b + ROWS], k_image[of], share, b, cells)
+
+
+def _add(target: Tensor, q: Tensor, k: Tensor, share: float, start: int, cells: Tensor | None) -> None:
+    """target (heads or 1, queries, keys) += share x softmax(q k^T / sqrt(D)), from the query `start` on."""
+    probs = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (heads, queries, keys)
+    if len(target) != len(probs):
+        probs = probs.sum(0, keepdim=True)
+    if cells is None:
+        target[:, start : start + probs.shape[1]].add_(probs, alpha=share)
+        return
+    keys = probs.new_zeros(*probs.shape[:2], target.shape[2]).index_add_(2, cells, probs)
+    here = cells[start : start + probs.shape[1]]
+    sizes = torch.bincount(cells, minlength=target.shape[1]).to(probs.dtype)
+    target.index_add_(1, here, keys / sizes[here][:, None], alpha=share)  # the mean over a cell's queries
+
+
+def grid_of(positions: int, h: int, w: int) -> tuple[int, int]:
+    """The height and width of a layer with so many positions: latents of (h, w) halved until they fit."""
+    while h * w > positions:
+        h, w = ceil(h / 2), ceil(w / 2)
+    if h * w != positions:
+        raise ValueError(f"An attention over {positions} positions is of no picture of this size: cut into rows?")
+    return h, w
+
+
+def cells_of(h: int, w: int, side: int, device: torch.device) -> tuple[Tensor, tuple[int, int]]:
+    """Positions gathered into at most side x side cells: the cell of each position (h*w,), and the cells' grid."""
+    f = ceil(max(h, w) / side)
+    grid = ceil(h / f), ceil(w / f)
+    y, x = torch.arange(h, device=device) // f, torch.arange(w, device=device) // f
+    return (y[:, None] * grid[1] + x).flatten(), grid
+
+
+def _indices(index: int | Iterable[int]) -> list[int]:
+    return [index] if isinstance(index, int) else list(index)
+
+
+@contextmanager
+def around_attention(module: Any, wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Within the block, what computes an attention is wrapped, whatever it is at the time of each call."""
+    inner: list[Attention] = []
+
+    def before(m: Any, args: Any) -> None:
+        inner.append(m.attend)
+        m.attend = wrap(m.attend)
+
+    def after(m: Any, args: Any, out: Any) -> None:
+        if inner:
+            m.attend = inner.pop()
+
+    # The first to go in is the last to come out; and it comes out after an exception, too.
+    handles = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, prepend=True, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attention_maps(
+    model: Any,
+    *,
+    self_attention: bool | int = False,
+    heads: bool = True,
+    steps: bool = False,
+    half: str = "cond",
+) -> Iterator[AttentionMaps]:
+    """Within the block, collect the UNet's attention: `with attention_maps(model) as maps: sampler(...)`.
+
+    model            from `sd.load`, or a sampler
+    self_attention   the UNet's self-attention too, on a grid of at most 16 x 16 (or so many as the number given):
+                     a coarser cell's attention is the mean over its queries, and the sum over its keys
+    heads, steps     keep each head, or each step, apart; else means are kept. At 512 x 512, for Stable Diffusion v1
+                     and one picture, that is 8 MB, times 8 with heads, times the number of steps with steps
+    half             of guidance: "cond", what the prompt does, or "uncond", what the negative prompt does
+
+    Pictures are the same to the last bit. The maps are those of the sampler's last call. Float32, or float64 where
+    the model is. Raises ValueError for other arguments, or where a picture is cut into rows (`ParallelSampler`).
+    """
+    model = model_of(model)
+    if half not in ("cond", "uncond"):
+        raise ValueError(f"half must be 'cond' or 'uncond', not {half!r}.")
+    side = 16 if self_attention is True else int(self_attention)
+    if side < 0:
+        raise ValueError(f"self_attention must be True, False, or the side of a grid, not {self_attention!r}.")
+    calls = Calls(model)
+    maps = AttentionMaps(calls, heads, steps, side, half)
+
+    def recorder(name: str) -> Callable[[Attention], Attention]:
+        def wrap(inner: Attention) -> Attention:
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                with torch.no_grad():
+                    maps._record(name, q.detach(), k.detach())  # first: some write their result over q
+                return inner(q, k, v)
+
+            return attend
+
+        return wrap
+
+    with calls.watch(), ExitStack() as stack:
+        for name, module in attentions(model.unet):
+            if side or name.endswith("attn2"):
+                stack.enter_context(around_attention(module, recorder(name)))
+        yield maps
+
+
+def attentions(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """All modules that attend, by name."""
+    return [(prefix + name, m) for name, m in module.named_modules() if hasattr(m, "attend")]

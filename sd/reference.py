@@ -1,0 +1,219 @@
+"""What to measure against: models of random weights, and diffusers' models with the weights of ours.
+
+Only `artist compare`, the tests and the benchmarks come here; nothing else in `sd` knows of diffusers, and here it
+is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import names
+from .attention import SpatialTransformer
+from .loader import StableDiffusion
+from .text import TextConfig, TextEncoder, text_shapes
+from .unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
+from .vae import VAE, VAEConfig
+
+
+class CompareError(ValueError):
+    """What keeps two models from being compared, in one sentence."""
+
+
+# ---- random weights
+
+SMALL_UNET = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attention_resolutions=(1, 2),
+    num_heads=8,
+    context_dim=64,
+)
+SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1)
+SMALL_TEXT = TextConfig(
+    vocab_size=517, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1
+)
+
+
+def bytes_to_letters() -> list[str]:
+    """The 256 characters by which CLIP's tokenizer writes bytes."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in kept] + [chr(256 + i) for i in range(256 - len(kept))]
+
+
+def tokenizer_files() -> dict[str, str]:
+    """A CLIP tokenizer of single bytes, with a few merges: the texts of vocab.json and merges.txt."""
+    letters = bytes_to_letters()
+    words = ["st", "ar</w>", "star</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(c + "</w>" for c in letters), *words]
+    return {
+        "vocab.json": json.dumps({t: i for i, t in enumerate(tokens)}),
+        "merges.txt": "#version: 0.2\ns t\na r</w>\nst ar</w>\n",
+    }
+
+
+def random_tensors(shapes: Mapping[str, torch.Size], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of a size at which nothing dies out or blows up."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        one = 0.1 * noise + name.endswith("weight")  # biases about 0, scales of norms about 1
+        state[name] = (noise / shape[1:].numel() ** 0.5 if len(shape) > 1 else one).to(dtype)
+    return state
+
+
+def random_model(
+    unet: UNetConfig = SMALL_UNET,
+    vae: VAEConfig = SMALL_VAE,
+    text: TextConfig = SMALL_TEXT,
+    dtype: torch.dtype = torch.float32,
+    size: int = 64,
+    name: str = "tiny",
+) -> StableDiffusion:
+    """A model of these sizes with random weights, always the same, and a tokenizer of single bytes."""
+    with torch.device("meta"):
+        parts = UNet(unet), VAE(vae)
+    for seed, part in enumerate(parts):
+        shapes = {key: tensor.shape for key, tensor in part.state_dict().items()}
+        part.load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
+    shapes = {key: torch.Size(shape) for key, shape in text_shapes(text).items()}
+    files = tokenizer_files()
+    encoder = TextEncoder(text, random_tensors(shapes, 2, dtype), files["vocab.json"], files["merges.txt"])
+    return StableDiffusion(parts[0].eval(), parts[1].eval(), encoder, name=name, size=size)
+
+
+def random_model_of(kind: str, dtype: torch.dtype) -> StableDiffusion:
+    """ "full": Stable Diffusion v1's sizes, 1.07 billion parameters; "small": the same structure in 2.8 million."""
+    if kind == "full":
+        return random_model(UNetConfig(), VAEConfig(), TextConfig(), dtype, 512, "random weights, full size")
+    if kind != "small":
+        raise CompareError(f"Random weights come as 'full' or 'small', not {kind!r}.")
+    return random_model(dtype=dtype, name="random weights, small size")
+
+
+# ---- diffusers with our weights
+
+
+def diffusers() -> Any:
+    """The package. Raises CompareError where it is not installed."""
+    try:
+        return import_module("diffusers")
+    except ImportError as error:
+        raise CompareError(
+            f"Comparing with diffusers needs it installed ({error}): pip install 'artificial-artist[compare]'."
+        ) from None
+
+
+def hub_tensors(model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
+    """The UNet's and the VAE's weights under the Hub's names: "unet" and "vae". No copies."""
+    unet, vae = model.unet.state_dict(), model.vae.state_dict()
+    result = {
+        "unet": {hub: unet[n] for n, hub in names.unet_to_hub(unet, model.unet.config).items()},
+        "vae": {hub: vae[n] for n, hub in names.vae_to_hub(vae, model.vae.config).items()},
+    }
+    for name, tensor in result["vae"].items():
+        if "attentions" in name and tensor.ndim == 4:
+            result["vae"][name] = tensor[:, :, 0, 0]  # Linear there
+    return result
+
+
+def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
+    """diffusers' UNet2DConditionModel with the same weights; with `assign`, the very same memory."""
+    c = model.unet.config
+    attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
+    with torch.device("meta" if assign else "cpu"):
+        unet = diffusers().UNet2DConditionModel(
+            sample_size=model.size // 8,
+            block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
+            layers_per_block=c.num_res_blocks,
+            cross_attention_dim=c.context_dim,
+            attention_head_dim=c.num_heads,
+            norm_num_groups=c.num_groups,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+        )
+    unet.load_state_dict(hub_tensors(model)["unet"], strict=True, assign=assign)
+    return unet.eval()
+
+
+def diffusers_vae(model: StableDiffusion) -> Any:
+    """diffusers' AutoencoderKL with the same weights, in the same memory."""
+    c = model.vae.config
+    levels = len(c.ch_mult)
+    with torch.device("meta"):
+        vae = diffusers().AutoencoderKL(
+            block_out_channels=tuple(m * c.ch for m in c.ch_mult),
+            layers_per_block=c.num_res_blocks,
+            latent_channels=c.z_channels,
+            norm_num_groups=c.num_groups,
+            scaling_factor=c.scale_factor,
+            sample_size=model.size,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+        )
+    vae.load_state_dict(hub_tensors(model)["vae"], strict=True, assign=True)
+    return vae.eval()
+
+
+def diffusers_scheduler(name: str) -> Any:
+    """diffusers' "pndm", "ddim" or "lms", with the settings of the v1-4 weights."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pndm = diffusers().PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    if name == "ddim":
+        return diffusers().DDIMScheduler.from_config(pndm.config, clip_sample=False)
+    return diffusers().LMSDiscreteScheduler.from_config(pndm.config) if name == "lms" else pndm
+
+
+# ---- which part of diffusers' models does the work of which block of ours
+
+
+def unet_counterparts(unet: UNet, theirs: Any) -> dict[str, Callable[..., Tensor]]:
+    """Name of each of our UNet's input, middle and output blocks -> a function of its arguments."""
+    table = names.unet_modules(unet.config)
+    blocks: dict[str, Any] = {f"input_blocks.{i}": block for i, block in enumerate(unet.input_blocks)}
+    blocks["middle_block"] = unet.middle_block
+    blocks |= {f"output_blocks.{i}": block for i, block in enumerate(unet.output_blocks)}
+    return {name: _in_sequence(name, block, table, theirs) for name, block in blocks.items()}
+
+
+def _in_sequence(name: str, block: nn.ModuleList, table: Mapping[str, str], theirs: Any) -> Callable[..., Tensor]:
+    def find(key: str) -> Any:
+        return theirs.get_submodule(table[key].removesuffix(".conv"))
+
+    layers = []
+    for j, layer in enumerate(block):
+        inner = {Downsample: ".op", Upsample: ".conv"}.get(type(layer), "")
+        layers.append((type(layer), find(f"{name}.{j}{inner}")))
+
+    def run(x: Tensor, emb: Tensor, context: Tensor, size: Any = None) -> Tensor:
+        for kind, layer in layers:
+            if kind is ResBlock:
+                x = layer(x, emb)
+            elif kind is SpatialTransformer:
+                x = layer(x, encoder_hidden_states=context, return_dict=False)[0]
+            else:
+                x = layer(x, size) if kind is Upsample else layer(x)
+        return x
+
+    return run
+
+
+def vae_counterparts(vae: VAE, theirs: Any) -> dict[str, Callable[..., Tensor]]:
+    """Name of each block of our VAE -> diffusers' module for it, which takes the same argument."""
+    last = len(vae.config.ch_mult) - 1
+    table = {"quant_conv": theirs.quant_conv, "post_quant_conv": theirs.post_quant_conv}
+    for side, levels in (("encoder", theirs.encoder.down_blocks), ("decoder", theirs.decoder.up_blocks)):
+        half = getattr(theirs, side)
+        table |= {f"{side}.conv_in": half.conv_in, f"{side}.mid": half.mid_block}
+        table |= {f"{side}.norm_out": half.conv_norm_out, f"{side}.conv_out": half.conv_out}
+        for i, level in enumerate(levels):
+            table[f"encoder.down.{i}" if side == "encoder" else f"decoder.up.{last - i}"] = level
+    return table

@@ -1,0 +1,121 @@
+"""The benchmarks' scaffolding, on the small model: order of runs, failures, figures, plot. Nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sd
+from benchmarks import harness, peers, speed
+from tests.layouts import make_model, write_hub
+
+
+@pytest.fixture(scope="module")
+def how(tmp_path_factory):
+    """A small model in both layouts, and how to measure it."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = make_model()
+    sd.save(model, folder / "full.safetensors")
+    write_hub(folder / "hub", model)
+    settings = {"file": str(folder / "full.safetensors"), "hub": str(folder / "hub"), "threads": 1, "calls": 2}
+    return settings | {"steps": 3, "size": 64, "device": "cpu", "dtype": torch.float32, "context_dim": 64}
+
+
+def test_jobs_are_taken_in_turn_and_kept():
+    order, kept = [], []
+
+    def job(name):
+        def run():
+            order.append(name)
+            if name == "bad":
+                raise harness.RunError("first line\nlast line")
+            return {"times": {"call": [1.0]}}
+
+        return run
+
+    results = harness.in_turn({n: job(n) for n in ("a", "bad", "b")}, 2, lambda r: kept.append(json.dumps(r)))
+    assert order == ["a", "bad", "b", "a", "b"]  # what fails is not tried again
+    assert results["bad"] == [{"failed": "first line\nlast line"}]
+    assert len(results["a"]) == len(results["b"]) == 2
+    assert len(kept) == 5
+
+
+def test_a_fresh_process_that_fails_says_why():
+    with pytest.raises(harness.RunError, match="No module named"):
+        harness.fresh("benchmarks.nothing")
+
+
+@pytest.mark.parametrize("task", ["unet", "vae"])
+def test_peers_compute_the_same(how, task, tmp_path):
+    results = {}
+    for peer in ("float64", "textbook", *speed.FAST[:2], "diffusers", "diffusers channels-last"):
+        if peer.startswith("diffusers"):
+            pytest.importorskip("diffusers")
+        if peer.startswith("fast"):
+            pytest.importorskip("sd.fast")
+        out = tmp_path / "out.npy"
+        times = peers.one_call(task, peer, how | {"out": str(out)})["times"]
+        assert len(times["call"]) == 2
+        assert len(times["load"]) == len(times["first call"]) == 1
+        results[peer] = np.load(out)
+    exact = results.pop("float64")
+    assert exact.dtype == np.float64
+    for got in results.values():
+        assert 0 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-5
+
+
+def test_the_picture_stops_at_the_first_call_if_told(how, tmp_path):
+    out = tmp_path / "out.png"
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    try:
+        first = peers.picture("first", "textbook", how | {"out": str(out)})
+        assert len(first["marks"]) == 2
+        assert not out.exists()
+        hooks.clear()
+        whole = peers.picture("picture", "textbook", how | {"out": str(out)})
+    finally:
+        hooks.clear()
+    assert len(whole["marks"]) == 4 + 1  # PNDM's calls for 3 steps, and the end
+    assert Image.open(out).size == (64, 64)
+
+
+def test_table_and_plot(tmp_path):
+    runs = {
+        "textbook": [{"times": {"call": [2.0, 2.2], "first call": [3.0]}, "load": 1.0, "peak": 5e9, "error": 1e-6}],
+        "diffusers": [{"times": {"call": [4.4, 4.0], "first call": [5.0]}, "load": 1.0, "peak": 5e9, "error": 2e-6}],
+        "diffusers channels-last": [
+            {"times": {"call": [4.0], "first call": [5.0]}, "load": 1.0, "peak": 5e9, "error": 2e-6}
+        ],
+        "OpenVINO": [{"failed": "a\nbecause"}],
+    }
+    lines = speed.table("unet", {"peers": runs}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2] == [
+        "textbook",
+        "2.10 (2.00 to 2.20)",
+        "1.90 x",
+        "3.0",
+        "5000",
+        "1.0e-06",
+    ]  # against the better format
+    assert cells[5][:2] == ["OpenVINO", "failed"]
+    assert "because" in cells[5][3]
+    panels = {"UNet": {peer: speed.samples("unet", r) for peer, r in runs.items() if "failed" not in r[0]}}
+    harness.plot_bars(panels, tmp_path / "plot.png")
+    pixels = np.asarray(Image.open(tmp_path / "plot.png"))
+    bar = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in harness.COLOURS[:2]]
+    widths = [int((pixels == colour).all(-1).sum(1).max()) for colour in bar]
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.02)
+
+
+def test_spread_and_json(tmp_path):
+    assert harness.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+    assert harness.spread([1.0], 1) == "1.0"
+    harness.write_json(tmp_path / "a.json", {"a": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert harness.machine(2)["threads"] == 2

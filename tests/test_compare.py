@@ -1,0 +1,334 @@
+"""`artist compare`: against diffusers, between two sources, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import sd
+from sd import cli, reference
+from sd.compare import WHAT, compare_sources, compare_with_diffusers
+from sd.measure import Peak, pair, relative, weights_on_use, wrapped
+from sd.report import format_report
+from tests.layouts import compvis_tensors, make_model, write_ckpt
+
+needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
+
+TRANSFORMER = "output_blocks.3"  # a block of the small UNet that has a SpatialTransformer
+
+
+@pytest.fixture
+def double():
+    return make_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two files; in the second, one tensor of the UNet and one of the VAE's decoder are not the first's."""
+    folder = tmp_path_factory.mktemp("two")
+    model = make_model()
+    sd.save(model, folder / "a.safetensors")
+    with torch.no_grad():
+        model.unet.output_blocks[3][1].proj_in.weight[0] += 0.001
+        model.vae.decoder.up[1].block[0].conv1.bias[0] += 0.1
+    sd.save(model, folder / "b.safetensors")
+    return folder / "a.safetensors", folder / "b.safetensors"
+
+
+def artist(*args, capsys):
+    """The exit code and what was printed: (code, out, err)."""
+    try:
+        code = cli.main([str(a) for a in args])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+# ---- against diffusers
+
+
+@needs_diffusers
+def test_small_model_is_diffusers(double):
+    report = compare_with_diffusers(double)
+    assert report.first_over is None
+    assert report.same
+    assert max(row.difference for row in report.rows if row.name != "lms") < 1e-10
+    assert report.rows[-1].difference < 1e-7  # LMS, which diffusers integrates numerically
+
+    names = [row.name for row in report.rows]
+    wanted = ["text", "unet.time_embed"]
+    wanted += [f"unet.input_blocks.{i}" for i in range(6)] + ["unet.middle_block"]
+    wanted += [f"unet.output_blocks.{i}" for i in range(6)] + ["unet.out", "unet (whole)"]
+    wanted += ["vae.encoder.conv_in", *(f"vae.encoder.down.{i}" for i in range(4)), "vae.encoder.mid"]
+    wanted += ["vae.encoder.norm_out", "vae.encoder.conv_out", "vae.quant_conv", "vae.encoder (whole)"]
+    wanted += ["vae.post_quant_conv", "vae.decoder.conv_in", "vae.decoder.mid"]
+    wanted += [*(f"vae.decoder.up.{i}" for i in (3, 2, 1, 0)), "vae.decoder.norm_out", "vae.decoder.conv_out"]
+    assert names == [*wanted, "vae.decoder (whole)", "pndm", "ddim", "lms"]
+    for row in report.rows:
+        assert min(row.seconds) > 0
+        assert row.peak is None if row.name in sd.scheduler.SCHEDULERS else min(row.peak) > 0
+
+
+@needs_diffusers
+def test_wrong_epsilon_is_found_where_it_is(double):
+    """1e-5 in place of 1e-6 in one block: that block is named, and the blocks after it are not."""
+    double.unet.output_blocks[3][1].norm.eps = 1e-5
+    report = compare_with_diffusers(double, what=["unet"], repeats=0)
+    assert report.first_over.name == f"unet.{TRANSFORMER}"
+    assert [row.name for row in report.rows if row.over] == [f"unet.{TRANSFORMER}", "unet (whole)"]
+    assert "The first block over its bound" in format_report(report)
+    assert f": unet.{TRANSFORMER}" in format_report(report).splitlines()[-1]
+
+
+@needs_diffusers
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (lambda m: setattr(m.vae.encoder.mid.attn_1.norm, "eps", 1e-5), "vae.encoder.mid"),
+        (lambda m: setattr(m.vae.decoder.up[2].block[1].norm2, "eps", 1e-5), "vae.decoder.up.2"),
+        (lambda m: setattr(m.vae.decoder.norm_out, "eps", 1e-5), "vae.decoder.norm_out"),
+        (lambda m: setattr(m.text, "encode", lambda p: 1.001 * sd.text.TextEncoder.encode(m.text, p)), "text"),
+        (lambda m: setattr(m.unet.input_blocks[2][0].op, "stride", 1), "unet.input_blocks.2"),
+        (lambda m: setattr(m.unet.out[0], "eps", 1e-6), "unet.out"),
+    ],
+)
+def test_other_faults_are_found(double, spoil, name):
+    spoil(double)
+    report = compare_with_diffusers(double, what=["text", "unet", "vae"], repeats=0)
+    assert report.first_over.name == name
+
+
+@needs_diffusers
+def test_faults_between_blocks_show_in_the_whole(double, monkeypatch):
+    monkeypatch.setattr(type(double.vae), "decode", lambda self, z: self.decoder(self.post_quant_conv(z)))
+    report = compare_with_diffusers(double, what=["vae"], repeats=0)
+    assert report.first_over.name == "vae.decoder (whole)"
+
+
+@needs_diffusers
+def test_a_wrong_scheduler_is_found(double, monkeypatch):
+    right = sd.PNDM.step
+    monkeypatch.setattr(sd.PNDM, "step", lambda self, i, n, x, s: right(self, i, n if i < 7 else 1.0001 * n, x, s))
+    report = compare_with_diffusers(double, what=["schedulers"])
+    assert report.first_over.name == "pndm"
+    assert "worst at step" in report.first_over.note
+
+
+@needs_diffusers
+def test_bounds_sizes_and_parts(double):
+    report = compare_with_diffusers(double.to(dtype=torch.float32), size=72, what=["unet"], bound=0.0, repeats=2)
+    assert report.rows[0].name == "unet.time_embed"
+    assert report.first_over is None  # bit-identical on the CPU
+    assert "float32, 72 x 72" in report.title
+
+
+@needs_diffusers
+def test_the_model_is_left_as_it_was(double):
+    before = {name: module.__dict__.keys() for name, module in double.unet.named_modules()}
+    compare_with_diffusers(double, what=["unet"], repeats=0)
+    assert {name: module.__dict__.keys() for name, module in double.unet.named_modules()} == before
+
+
+def test_diffusers_is_imported_only_by_who_compares():
+    code = "import sys, sd.compare, sd.reference, sd.measure; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_diffusers(monkeypatch, capsys):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(reference, "import_module", missing)
+    code, out, err = artist("compare", "--random", "small", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "pip install 'artificial-artist[compare]'" in err
+    assert len(err.splitlines()) == 1
+
+
+# ---- measuring
+
+
+def test_relative():
+    x = torch.tensor([1.0, -4.0])
+    assert relative(x, x) == 0
+    assert relative(x + torch.tensor([0.0, 1.0]), x) == 0.25
+    assert relative(x[:1], x) == math.inf
+    assert relative(torch.tensor([1.0, math.nan]), x) == math.inf
+    assert relative(torch.tensor([1.0, math.inf]), x) == math.inf
+
+
+def test_peak_counts_what_is_alive_at_once():
+    x = torch.zeros(1000)  # 4000 bytes, given
+    with Peak() as count:
+        y = x.view(10, 100) + 1  # 4000
+        z = y * 2  # 8000
+        del y
+        z = z + 1  # 8000: the old z is alive until the new one is there
+        z.mul_(3)
+        z = z[:5].T
+    assert count.peak == 8000
+    assert count.now == 4000
+    del z
+    assert count.now == 0
+
+
+def test_pair_measures_memory_and_time():
+    x = torch.zeros(1000)
+    row, result = pair("x", lambda: x + 1, lambda: (x + 1) + 1e-3, 1e-2, 3)
+    assert torch.equal(result, x + 1)
+    assert row.peak == (4000, 8000)
+    assert row.difference == pytest.approx(1e-3 / 1.001, rel=1e-3)
+    assert not row.over
+    assert pair("x", lambda: x, lambda: x, 0.0, 0)[0].seconds is None
+
+
+def test_wrapped_leaves_nothing_after_an_error():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError), wrapped({"a": module}, lambda name, forward, args, kwargs: forward(*args)):
+        module(torch.zeros(3))
+    assert "forward" not in module.__dict__
+
+
+def test_weights_on_use():
+    module = torch.nn.Linear(2, 2).half()
+    before = module.weight.data_ptr()
+    with weights_on_use({"a": module}, torch.float64):
+        assert module(torch.zeros(1, 2, dtype=torch.float64)).dtype == torch.float64
+        assert module.weight.dtype == torch.float16
+    assert module.weight.data_ptr() == before
+
+
+# ---- two sources
+
+
+def test_two_sources(two):
+    report = compare_sources(*two)
+    assert report.tensors == 540
+    assert [(c.part, c.name, c.kind) for c in report.changes] == [
+        ("unet", "output_blocks.3.1.proj_in.weight", "value"),
+        ("vae", "decoder.up.1.block.0.conv1.bias", "value"),
+    ]
+    assert report.changes[0].difference > 1e-4
+    assert report.first_over.name == f"unet.{TRANSFORMER}"
+    over = [row.name for row in report.rows if row.over]
+    assert over == [f"unet.{TRANSFORMER}", "unet (whole)", "vae.decoder.up.1", "vae.decoder (whole)"]
+    assert not report.same
+
+
+def test_a_source_with_itself(two):
+    report = compare_sources(two[0], two[0])
+    assert report.same
+    assert report.changes == []
+    assert len(report.rows) == 37
+    assert "Every block gives the same." in format_report(report)
+
+
+def test_other_forms_and_dtypes(two, tmp_path):
+    model = sd.load(two[0])
+    write_ckpt(tmp_path / "same.ckpt", compvis_tensors(model))  # brings no tokenizer
+    assert compare_sources(tmp_path / "same.ckpt", two[0]).same
+    sd.save(model, tmp_path / "half.safetensors", torch.float16)
+    report = compare_sources(two[0], tmp_path / "half.safetensors")
+    assert len(report.changes) > 300
+    assert max(c.difference for c in report.changes) < 1e-3
+    assert compare_sources(two[0], tmp_path / "half.safetensors", bound=5e-3).same
+
+
+def test_sources_of_other_shapes(two):
+    report = compare_sources(two[0], "shapes")
+    assert {c.kind for c in report.changes} >= {"shape", "missing in A", "missing in B"}
+    assert report.rows == []
+    assert "blocks are not compared" in report.notes[0]
+    assert "and 620 more" in format_report(report)
+
+
+def test_values_that_are_not_numbers(two, tmp_path):
+    model = sd.load(two[0])
+    with torch.no_grad():
+        model.unet.out[2].bias[0] = math.nan
+    sd.save(model, tmp_path / "nan.safetensors")
+    assert compare_sources(tmp_path / "nan.safetensors", tmp_path / "nan.safetensors").changes == []
+    report = compare_sources(two[0], tmp_path / "nan.safetensors")
+    assert [(c.name, c.difference) for c in report.changes] == [("out.2.bias", math.inf)]
+    assert report.first_over.name == "unet.out"
+
+
+# ---- the command
+
+
+@needs_diffusers
+def test_command(capsys, tmp_path):
+    out = tmp_path / "report.json"
+    arguments = ["compare", "--random", "small", "--dtype", "float32", "--json", out]
+    code, printed, _ = artist(*arguments, "--only", "unet", capsys=capsys)
+    assert code == 0
+    assert "unet.middle_block" in printed
+    assert "No block is over its bound" in printed
+    written = json.loads(out.read_text())
+    assert written["same"] is True
+    assert written["first_over"] is None
+    assert {row["name"] for row in written["rows"]} >= {"unet.out", "unet (whole)"}
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    code, _, err = artist(*arguments, capsys=capsys)
+    assert code == 2
+    assert "--force" in err
+
+
+def test_command_on_two_sources(two, capsys, tmp_path):
+    code, printed, _ = artist("compare", *two, "--json", tmp_path / "r.json", capsys=capsys)
+    assert code == 1
+    assert "2 of 540 tensors differ" in printed
+    assert printed.splitlines()[-1] == f"The first block that differs: unet.{TRANSFORMER}"
+    assert json.loads((tmp_path / "r.json").read_text())["first_over"] == f"unet.{TRANSFORMER}"
+    assert artist("compare", two[0], two[0], capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shapes", "--random", "small"], "leave one of them out"),
+        (["--only", "unets"], "no part 'unets' to compare: choose among " + ", ".join(WHAT)),
+        (["--size", "13"], "multiple of 8 from 8 to 4096 pixels, not 13"),
+        (["--repeats", "-1"], "at least 0, not -1"),
+        (["--bound", "-1"], "at least 0, not -1"),
+        (["--bound", "nan"], "at least 0, not nan"),
+        (["--device", "cuda:77"], "There is no device 'cuda:77' here"),
+        (["nowhere.ckpt"], "There is no file or folder nowhere.ckpt"),
+        (["shapes", "nowhere.ckpt"], "There is no file or folder nowhere.ckpt"),
+        (["shapes", "shapes", "--only", "unet"], "--only is for the comparison with diffusers"),
+        (["shapes", "shapes", "--ema"], "not by their EMA weights"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    if "nowhere.ckpt" not in arguments[1:] and "shapes" not in arguments:
+        pytest.importorskip("diffusers")
+    code, out, err = artist("compare", *arguments, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@needs_diffusers
+def test_the_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs/compare.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, {})
+    assert capsys.readouterr().out.startswith("None\nTrue 0 Row(name='text'")
+
+
+@needs_diffusers
+@pytest.mark.slow
+def test_full_size():
+    """Every block at full size and a small picture: the bound is that of the design, 1e-5."""
+    model = reference.random_model_of("full", torch.float32)
+    report = compare_with_diffusers(model, size=64, repeats=0)
+    assert len(report.rows) == 52
+    assert report.first_over is None
