@@ -353,8 +353,13 @@ def work_of(unet: UNet, height: int, width: int) -> tuple[float, float, int]:
         if isinstance(layer, Upsample):
             height, width = 2 * height, 2 * width
         area, wide = height * width, layer.proj_in.out_channels if isinstance(layer, SpatialTransformer) else 0
-        work += 2 * area * sum(p.numel() for p in layer.parameters() if p.ndim > 1)
+        work += 2 * area * sum(p.numel() for name, p in layer.named_parameters() if p.ndim > 1 and of_pixels(name))
         work += 4 * area * area * wide  # scores and their products
         elements += 2 * area * wide
         exchanges += 1 if isinstance(layer, Downsample | Upsample) else 2 if not isinstance(layer, nn.Conv2d) else 0
     return work, elements, exchanges - 1
+
+
+def of_pixels(name: str) -> bool:
+    """Whether a weight is used at every pixel, and not for the time or the text alone."""
+    return not any(part in name for part in ("emb_layers", "attn2.to_k", "attn2.to_v"))
