@@ -250,7 +250,7 @@ def compare_sources(
     aim, settings = (torch.device("cpu"), dtype), read_config(config)
     try:
         texts = texts or tokenizer_texts(first, tokenizer, token)
-        models = [build(found, "cpu", None, settings, texts, lazy=aim) for found in (first, second)]
+        models = [build(found, settings, texts, lazy=aim) for found in (first, second)]
     except LoadError as error:
         report.notes.append(f"The blocks are not compared: {error}")
         return report

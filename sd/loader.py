@@ -26,7 +26,7 @@ from .vae import VAE, VAEConfig
 
 
 class StableDiffusion:
-    """The three parts of a model, on one device. `name` and `hash` tell which weights these are."""
+    """The three parts of a model. `device` and `dtype` are the UNet's, `name` and `hash` tell which weights."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
-        """Texts -> (B, 77, C); see `TextEncoder.encode` for warnings and errors."""
-        return self.text.encode(prompts)
+        """Texts -> (B, 77, C), for the UNet; see `TextEncoder.encode` for warnings and errors."""
+        return self.text.encode(prompts).to(device=self.device, dtype=self.dtype)
 
     def ready(self) -> StableDiffusion:
         """The model with its weights where and in what it computes; one that is loaded lazily is loaded now."""
@@ -98,7 +98,7 @@ class StableDiffusion:
 def load(
     source: str | os.PathLike[str],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Mapping[str, str | torch.device] = "cpu",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -110,6 +110,8 @@ def load(
 ) -> StableDiffusion:
     """A model from "shapes" (built in), a .ckpt or .safetensors file, a Hub repository, or a folder of its layout.
 
+    device     of all three parts, or {"unet": "cuda:0", "vae": "cuda:1", "text": "cpu"}; a part that is not named
+               goes where the UNet is
     dtype      float32 on the CPU and float16 elsewhere, if not given; tensors that have it already stay
                memory-mapped, others are converted one by one
     revision, token, variant   of a Hub repository: branch, tag or commit; access; "fp16"
@@ -128,24 +130,35 @@ def load(
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    devices = places(device)
+    dtypes = {part: dtype or (torch.float32 if d.type == "cpu" else torch.float16) for part, d in devices.items()}
     texts = tokenizer_texts(found, tokenizer, token)
     if lazy:
-        aim = torch.device(device), dtype
-        return build(found, "cpu", None, read_config(config), texts, lazy=aim)
-    return build(found, device, dtype, read_config(config), texts)
+        if len(set(devices.values())) > 1:
+            raise LoadError("lazy=True is for one device, not one for each part: give device as a name.")
+        aim = devices["unet"], dtypes["unet"]
+        return build(found, read_config(config), texts, lazy=aim)
+    return build(found, read_config(config), texts, devices, dtypes)
+
+
+def places(device: str | torch.device | Mapping[str, str | torch.device]) -> dict[str, torch.device]:
+    """The device of each part."""
+    if not isinstance(device, Mapping):
+        return dict.fromkeys(names.PARTS, torch.device(device))
+    if "unet" not in device or not device.keys() <= set(names.PARTS):
+        raise LoadError(f'device is a name, or like {{"unet": "cuda:0", "vae": "cuda:1"}}, not {device}.')
+    return {part: torch.device(device.get(part, device["unet"])) for part in names.PARTS}
 
 
 def build(
     found: Source,
-    device: Any,
-    dtype: torch.dtype | None,
     config: Mapping[str, Any],
     texts: dict[str, str],
+    devices: Mapping[str, torch.device] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     lazy: tuple[torch.device, torch.dtype] | None = None,
 ) -> StableDiffusion:
-    """Make the model; dtype None keeps the file's."""
+    """Make the model, each part on its device and in its dtype; else on the CPU, and as it is in the file."""
     settings = {part: {**found.configs.get(part, {}), **config.get(part, {})} for part in names.PARTS}
     for part, infer in (("unet", names.infer_unet), ("vae", names.infer_vae), ("text", names.infer_text)):
         if not found.parts[part]:
@@ -168,6 +181,7 @@ def build(
     tensors = {}
     for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
         check(found, part, shapes)
+        device, dtype = devices and devices[part], dtypes and dtypes[part]
         tensors[part] = {
             name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
             for name, t in found.parts[part].items()
@@ -326,5 +340,5 @@ def convert(
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
-    model = build(found, "cpu", None, read_config(config), tokenizer_texts(found, tokenizer, token))
+    model = build(found, read_config(config), tokenizer_texts(found, tokenizer, token))
     save(model, out, dtype, force=force)

@@ -197,8 +197,8 @@ class ParallelSampler(SimpleSampler):
                 size = latents.shape[2:]
                 forwards = rows_of_vae(vae, Ranks(members, self.traffic), *size) if team > 1 else {}
                 with replaced(forwards):
-                    dtype = next(vae.parameters()).dtype
-                    own = torch.cat([vae.decode(latents[i : i + 1].to(dtype)) for i in shares[place.image]])
+                    like = next(vae.parameters())
+                    own = torch.cat([vae.decode(latents[i : i + 1].to(like)) for i in shares[place.image]])
             images = self.share(own, shares, (3, f * latents.shape[2], f * latents.shape[3]))
         return finished(images, output_type)
 

@@ -245,8 +245,8 @@ class SimpleSampler:
         """Scaled latents (B, 4, h, w) -> pictures, as `output_type` says in `__call__`. One at a time."""
         if output_type == "latent":
             return latents
-        dtype = next(self.model.vae.parameters()).dtype  # may differ: the VAE in float32 beside a float16 UNet
-        images = torch.cat([self.model.vae.decode(z.to(dtype)) for z in latents.split(1)])
+        like = next(self.model.vae.parameters())  # may differ: the VAE in float32 beside a float16 UNet, or elsewhere
+        images = torch.cat([self.model.vae.decode(z.to(like)) for z in latents.split(1)])
         return finished(images, output_type)
 
 

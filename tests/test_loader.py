@@ -368,3 +368,24 @@ def test_a_tokenizer_that_does_not_fit_is_refused(ckpt, tmp_path):
         (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(sd.LoadError, match="do not fit"):
         sd.load(ckpt, tokenizer=tmp_path)
+
+
+def test_parts_on_different_devices():
+    model = sd.load("shapes", device={"unet": "cpu", "vae": "meta"}, dtype=torch.float32)
+    assert {p.device.type for p in model.vae.parameters()} == {"meta"}
+    assert {p.device.type for p in model.unet.parameters()} == {"cpu"}
+    assert model.text.device.type == "cpu"
+    latents = sd.SimpleSampler(model)("a red star", num_inference_steps=2, output_type="latent")
+    assert latents.device.type == "cpu"
+    assert model.vae.decode(latents.to("meta")).shape == (1, 3, 128, 128)
+
+
+@pytest.mark.parametrize("device", [{"vae": "cpu"}, {"unet": "cpu", "clip": "cpu"}])
+def test_what_is_no_placement_is_refused(device):
+    with pytest.raises(sd.LoadError, match="device is a name, or like"):
+        sd.load("shapes", device=device)
+
+
+def test_lazy_is_for_one_device():
+    with pytest.raises(sd.LoadError, match="one device"):
+        sd.load("shapes", device={"unet": "cpu", "vae": "meta"}, lazy=True)

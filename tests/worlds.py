@@ -37,14 +37,12 @@ def in_world(count: int, function: Callable[..., Any], *args: Any, timeout: floa
     for process in processes:
         process.start()
     try:
-        results = dict(
-            (rank, (value, error)) for rank, value, error in (queue.get(timeout=timeout) for _ in processes)
-        )
+        said = [queue.get(timeout=timeout) for _ in processes]
     finally:
         for process in processes:
             process.join(10)
             process.kill()
-    errors = [f"rank {rank}: {error}" for rank, (_, error) in results.items() if error]
+    errors = [f"rank {rank}: {error}" for rank, _, error in said if error]
     if errors:
         raise AssertionError("\n".join(errors))
-    return [results[rank][0] for rank in range(count)]
+    return [value for _, value, _ in sorted(said, key=lambda one: one[0])]
