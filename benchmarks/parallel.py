@@ -16,11 +16,14 @@ import fcntl
 import json
 import os
 import platform
+import random
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,8 +97,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--weights", type=Path, help="a float32 file of full size, in place of a temporary one")
+    parser.add_argument(
+        "--kills", type=int, default=0, help="only this: kill a rank so many times, and see what is said"
+    )
     parser.add_argument("--lock", type=Path, help="hold this file's lock during each run")
     args = parser.parse_args()
+    if args.kills:
+        kills(args.kills)
+        return
     import torch
 
     width, height = map(int, args.size.split("x"))
@@ -168,6 +177,37 @@ def exact(folder: Path) -> None:
         pixels = (found * 255).round().int() - (wanted * 255).round().int()
         relative = ((found - wanted).norm() / wanted.norm()).item()
         print(f"{name:18} against simple, 1 x 1: {relative:.1e} relative, pixels at most {pixels.abs().max()} apart")
+
+
+def kills(count: int) -> None:
+    """kill -9 on one of three ranks at a random moment, also while they start."""
+    chance = random.Random(0)
+    took = []
+    for k in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "sd", "a red star", "--variant", "parallel", "--ranks", "3"]
+            command += ["--split", "rows=3", "--steps", "1000", "--device", "cpu", "-o", f"{folder}/star.png"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while len(ranks := children(process.pid)) < 3:
+                time.sleep(0.05)
+            time.sleep(chance.uniform(0, 15))
+            victim = chance.randrange(3)
+            began = time.perf_counter()
+            os.kill(ranks[victim], signal.SIGKILL)
+            error = process.communicate()[1]
+            took.append(time.perf_counter() - began)
+            said = [line for line in error.splitlines() if "error:" in line]
+            right = len(said) == 1 and f"Rank {victim} failed" in said[0] and "SIGKILL" in said[0]
+            left = [pid for pid in ranks if Path(f"/proc/{pid}").exists()] + os.listdir(folder)
+            print(f"{k + 1:3}: rank {victim}, {took[-1]:4.1f} s, exit {process.returncode}, left {left}, {said}")
+            assert right, error
+            assert process.returncode == 1
+            assert not left
+    print(f"{count} of {count} right; ended after {max(took):.1f} s at most")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def predict(height: int, width: int) -> None:

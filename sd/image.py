@@ -75,8 +75,12 @@ def save_png(
         info.add_itxt(JSON_CHUNK, json.dumps(dict(settings), ensure_ascii=False))
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, "PNG", pnginfo=info)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                image.save(file, "PNG", pnginfo=info)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"{path} cannot be written ({reason}): make room, or choose another place.") from None
         os.chmod(temporary, 0o666 & ~_umask())
         if force:
             os.replace(temporary, path)

@@ -109,7 +109,7 @@ class ParallelSampler(SimpleSampler):
         self.model = model.ready()
         self.asked = None if split is None else split_of(split)
         self.timeout = timeout
-        self.traffic = Traffic()  # of the rows' split, on this rank
+        self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own
         self.current: Split | None = None
         connect(self.model.device)
 
@@ -173,7 +173,7 @@ class ParallelSampler(SimpleSampler):
         if split.guidance == 1:
             return guided(unet, request.context, request.negative, request.guidance_scale)
         context = (request.negative, request.context)[place.guidance]
-        pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)])
+        pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)], self.traffic)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             own = unet(x, t, context)

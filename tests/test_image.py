@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +76,15 @@ def test_what_is_no_picture_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         read_settings(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def open_full(handle, mode):
+        os.close(handle)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(os, "fdopen", open_full)
+    with pytest.raises(OSError, match=r"a\.png cannot be written \(No space left on device\): make room"):
+        save_png(Image.new("RGB", (512, 512)), tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
