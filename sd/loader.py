@@ -181,7 +181,7 @@ def build(
     tensors = {}
     for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
         check(found, part, shapes)
-        device, dtype = devices and devices[part], dtypes and dtypes[part]
+        device, dtype = devices[part] if devices else None, dtypes[part] if dtypes else None
         tensors[part] = {
             name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
             for name, t in found.parts[part].items()
