@@ -220,7 +220,7 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
         outputs(given, count)  # before the ranks are started
         launch.launch(sys.argv[1:] if argv is None else argv, given["ranks"])
         return
-    first = int(os.environ.get("RANK", "0")) == 0  # only this one writes files and shows progress
+    first = given.get("variant") != "parallel" or launch.rank() == 0  # only this one writes and shows progress
     paths = outputs(given, count) if first and "plan" not in given else [Path()] * count
 
     from tqdm import tqdm
@@ -240,12 +240,16 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
     if "plan" in given:
         if given["variant"] == "parallel":
             call |= {"num_images_per_prompt": count, "ranks": given.get("ranks")}
-        print(sampler.plan(settings["prompt"], **call))  # type: ignore[attr-defined]
+        plan = sampler.plan(settings["prompt"], **call)  # type: ignore[attr-defined]
+        if first:
+            print(plan)
         return
     once = at_once(sampler, count, settings["prompt"], call)
     for k in range(0, count, once):
         start, seed, n = time.perf_counter(), settings["seed"] + k, min(once, count - k)
         request = sampler.request(settings["prompt"], seed=seed, num_images_per_prompt=n, **call)
+        if n < once and (asked := getattr(sampler, "asked", None)):
+            sampler.asked = asked._replace(image=n)  # type: ignore[attr-defined]  # the last ones are fewer
         numbers = f"{k + 1}" if n == 1 else f"{k + 1}-{k + n}"
         steps = tqdm(
             sampler.run(request),
@@ -274,11 +278,11 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
 
 def at_once(sampler: SimpleSampler, count: int, prompt: str, call: dict[str, Any]) -> int:
     """How many pictures are drawn together: one, or as many as ranks deal out among them."""
-    from .parallel import ParallelSampler
+    from .parallel import ParallelSampler, world
 
     if not isinstance(sampler, ParallelSampler):
         return 1
-    return sampler.plan(prompt, num_images_per_prompt=count, **call).split.image
+    return sampler.plan(prompt, num_images_per_prompt=min(count, world()[1]), **call).split.image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv.pop(0)
     launch.enter()
     warnings.showwarning = lambda message, *_: print(f"artist: warning: {message}", file=sys.stderr)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launch.rank() > 0:
         warnings.showwarning = lambda *_: None  # rank 0 says it
     try:
         if command:
@@ -308,4 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not launch.report(str(error)):
             print(f"artist: error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
+    except Exception as error:
+        if not launch.report(f"{type(error).__name__}: {error}"):  # a rank's, for whoever started it
+            raise
+        return 1
     return 0

@@ -29,7 +29,13 @@ class LaunchError(ValueError):
 
 def is_rank() -> bool:
     """Whether this process is one of several ranks, by whatever launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    count = os.environ.get("WORLD_SIZE", "1")
+    return count.isdecimal() and int(count) > 1 and "RANK" in os.environ
+
+
+def rank() -> int:
+    """This process's place among several ranks; 0 where it is the only one."""
+    return int(os.environ["RANK"]) if is_rank() and os.environ["RANK"].isdecimal() else 0
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
@@ -59,7 +65,7 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
             **{k: v for k, v in more.items() if k in known},
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "sd", *arguments)
+            elastic_launch(config, sys.executable)("-m", "sd", "draw", *arguments)
         except ChildFailedError as error:
             raise failure(error.failures, Path(logs)) from None
         except SignalException as error:
@@ -90,7 +96,9 @@ def failure(failures: dict[int, Any], logs: Path | None = None) -> LaunchError:
     failures: torch's, by rank; logs: the launcher's folder, with what ranks left there
     """
     for file in logs.rglob("error.json") if logs else ():
-        message = json.loads(file.read_text())["message"]["message"]
+        message = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half-written, or not ours
+            message = json.loads(file.read_text())["message"]["message"]
         if message.startswith("Rank "):  # one that watched another hang, and ended it
             return LaunchError(message)
 
@@ -106,7 +114,7 @@ def failure(failures: dict[int, Any], logs: Path | None = None) -> LaunchError:
         message = f"it was killed by signal {-first.exitcode} ({signal.Signals(-first.exitcode).name})."
     error = LaunchError(
         message
-        if first.exitcode == 2
+        if message and (first.exitcode == 2 or message.startswith("The ranks "))
         else f"Rank {rank} failed, so all were ended: {message or f'exit code {first.exitcode}'}"
     )
     error.code = 2 if first.exitcode == 2 else 1
@@ -130,8 +138,9 @@ def enter() -> None:
 def report(message: str) -> bool:
     """Leave a message for the launcher. False where it is not ours: then it has to be printed."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file or not os.environ.get(STARTED):
-        return False
-    with open(file, "w") as out:
-        json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, out)
-    return True
+    if file:  # torchrun's, or ours
+        part = f"{file}.{os.getpid()}"
+        with open(part, "w") as out:
+            json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, out)
+        os.replace(part, file)
+    return bool(file and os.environ.get(STARTED))

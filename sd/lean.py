@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from .bands import Bands
 from .loader import StableDiffusion
-from .plan import PROCESS, Job, Plan, bytes_of, make_plan
-from .sampler import Denoiser, Prompt, Request, SimpleSampler, finished
-from .stream import Weights, nothing, streamed, weights_on
+from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, make_plan
+from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished
+from .stream import Weights, streamed, weights_on
 from .unet import ResBlock, UNet, timestep_embedding
-
-TEXT_PIECE = 1 << 20  # elements of the text encoder's weights that are copied at once
 
 
 class LeanSampler(SimpleSampler):
@@ -67,7 +65,7 @@ class LeanSampler(SimpleSampler):
         )
 
     def make_plan(self, request: Request) -> Plan:
-        return make_plan(self.job(request), self.memory or free_memory(self.model.device))
+        return make_plan(self.job(request), free_memory(self.model.device) if self.memory is None else self.memory)
 
     def plan(self, prompt: Prompt | None = None, **options: Any) -> Plan:
         """How this call would be done. Takes the arguments of a call; `str(plan)` is for people."""
@@ -82,6 +80,13 @@ class LeanSampler(SimpleSampler):
         weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
         with self.stage("text encoder"), streamed(self.model.text.model, weights):
             return super()._encode(prompt, name, count)
+
+    def run(self, request: Request) -> Iterator[Step]:
+        try:
+            yield from super().run(request)
+        finally:
+            if self.weights is not None:
+                self.weights.release()  # text encoder, UNet and VAE are not in memory together
 
     def denoiser(self, request: Request) -> Denoiser:
         trim()
@@ -108,10 +113,13 @@ class LeanSampler(SimpleSampler):
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
         if output_type == "latent":
             return latents
-        if self.weights is not None:
-            self.weights.release()
         trim()
-        plan, weights = self.current, Weights(latents.dtype, self.model.device)
+        plan = self.current
+        if plan and latents.shape[2:] != (plan.job.height // 8, plan.job.width // 8):
+            plan = None  # of another call
+        like = next(self.model.vae.parameters())  # may differ from the UNet's, where it is in memory
+        weights = Weights(*((latents.dtype, self.model.device) if self.model.lazy else (like.dtype, like.device)))
+        latents = latents.to(weights.device, weights.dtype)
 
         def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:
             return weights.whole(layer.weight), weights.whole(layer.bias)  # type: ignore[arg-type]
@@ -135,22 +143,24 @@ class LeanSampler(SimpleSampler):
         Tensors of many sizes leave holes in it. Mapping each tensor on its own would avoid them, at the price of
         new pages for every tensor (a quarter of the speed); giving the holes back when they add up costs little.
         """
+        check = self.model.check_file  # reading a map beyond its file's end would end the process
         usual = limit = self.base + int(0.88 * peak)
 
         def tidy() -> None:
             nonlocal limit
+            check()
             if anonymous() > limit:
                 trim()
                 limit = max(
                     usual, anonymous() + max(peak // 16, 1 << 24)
                 )  # not at every turn, if what is left is in use
 
-        return tidy if self.model.device.type == "cpu" else nothing
+        return tidy if self.model.device.type == "cpu" else check
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Around a part of the work: says what to do where the file or the device fails in it."""
-        self.model.check_file()  # reading a memory map beyond the end of its file would end the process
+        self.model.check_file()
         try:
             yield
         except torch.OutOfMemoryError:
@@ -210,7 +220,8 @@ def large_weights(unet: UNet) -> Iterator[Tensor]:
 def free_memory(device: torch.device) -> int:
     """Four fifths of what is free on a device, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] * 4 // 5
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) * 4 // 5
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
@@ -230,7 +241,9 @@ def anonymous() -> int:
 
 
 def trim() -> None:
-    """Give the C library's free memory back to the system: between stages it is of no use to us."""
+    """Give free memory back to the system, the C library's and CUDA's: between stages it is of no use to us."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

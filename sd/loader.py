@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class StableDiffusion:
         name: str = "",
         size: int = 512,
         weights: Path | None = None,
+        files: Collection[Path] = (),
         lazy: tuple[torch.device, torch.dtype] | None = None,
     ):
         self.unet, self.vae, self.text = unet, vae, text
@@ -44,7 +45,13 @@ class StableDiffusion:
         self.name = name
         self.size = size  # pixels along an edge that it was trained for
         self._weights = weights
-        self._weights_size = weights.stat().st_size if weights is not None else 0
+        files = dict.fromkeys([*([weights] if weights is not None else []), *files])
+        self._files = {file: file.stat().st_size for file in files}
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the weights are still as they are in the file."""
+        return self._lazy is not None
 
     @property
     def device(self) -> torch.device:
@@ -69,12 +76,14 @@ class StableDiffusion:
 
     def check_file(self) -> None:
         """Raise LoadError if the file that a lazy model computes from is gone, or has become shorter."""
-        if self._lazy is None or self._weights is None:
-            return
-        size = self._weights.stat().st_size if self._weights.exists() else 0
-        if size < self._weights_size:
-            what = "is gone" if not size else f"has shrunk from {self._weights_size} to {size} bytes"
-            raise LoadError(f"{self._weights} {what} while it was in use: put it back, and draw again.")
+        for file, before in self._files.items() if self._lazy else ():
+            try:
+                size = os.stat(file).st_size
+            except OSError:
+                size = 0
+            if size < before:
+                what = "is gone" if not size else f"has shrunk from {before} to {size} bytes"
+                raise LoadError(f"{file} {what} while it was in use: put it back, and draw again.")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
@@ -199,6 +208,7 @@ def build(
         name=found.name,
         size=found.size or 512,
         weights=found.weights,
+        files=found.files,
         lazy=lazy,
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import SpatialTransformer, replaced
 from .loader import StableDiffusion
-from .ranks import Ranks, Traffic, agree, connect, lost, waiting, watched, world
+from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
 from .rows import rows_of_unet, rows_of_vae
 from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guided, with_text
 from .unet import Downsample, UNet, Upsample
@@ -112,6 +112,7 @@ class ParallelSampler(SimpleSampler):
         self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own
         self.current: Split | None = None
         connect(self.model.device)
+        watch(timeout)
 
     # ---- the plan
 
@@ -137,16 +138,17 @@ class ParallelSampler(SimpleSampler):
 
     def run(self, request: Request) -> Iterator[Step]:
         self.current = split = self.make_plan(request).split
-        agree({"the split": split, **self.fingerprints(request)})
+        with waiting():  # some ranks read their weights faster than others
+            agree({"the split": split, **self.fingerprints(request)})
         place = split.place(world()[0])
         shares = deal(len(request.context), split.image)
         steps = super().run(part(request, shares[place.image])) if place else iter(())
-        with watched(self.timeout):
+        with drawing():
             for i, timestep in enumerate(request.scheduler.timesteps):
                 step = next(steps, None)
                 own = torch.stack([step.latents, step.noise, step.denoised], dim=1) if step else None
                 shape = (3, *self.latent_shape(request))
-                x, noise, denoised = self.share(own, shares, shape).unbind(1)
+                x, noise, denoised = self.share(own, shares, shape, request.context).unbind(1)
                 with waiting():  # what the caller does now is not ours to watch
                     yield Step(i, timestep, x, noise, denoised)
 
@@ -190,7 +192,7 @@ class ParallelSampler(SimpleSampler):
         split = self.current or Split(image=min(count, len(latents)))
         place, shares, f = split.place(rank), deal(len(latents), split.image), vae.config.downsampling
         own = None
-        with watched(self.timeout):
+        with drawing():
             if place and shares[place.image]:
                 team = split.guidance * split.rows  # all who have this picture cut its decoding by rows
                 members = [place.image * team + k for k in range(team)]
@@ -199,17 +201,19 @@ class ParallelSampler(SimpleSampler):
                 with replaced(forwards):
                     like = next(vae.parameters())
                     own = torch.cat([vae.decode(latents[i : i + 1].to(like)) for i in shares[place.image]])
-            images = self.share(own, shares, (3, f * latents.shape[2], f * latents.shape[3]))
+            images = self.share(own, shares, (3, f * latents.shape[2], f * latents.shape[3]), next(vae.parameters()))
         return finished(images, output_type)
 
-    def share(self, own: Tensor | None, shares: Sequence[range], shape: tuple[int, ...]) -> Tensor:
+    def share(self, own: Tensor | None, shares: Sequence[range], shape: tuple[int, ...], kind: Tensor) -> Tensor:
         """The tensors (n, *shape) of all image groups, in order, on every rank; a group's first rank sends."""
         split, (rank, count) = self.current or Split(image=len(shares)), world()
         place = split.place(rank)
         if own is not None and split.image == 1 and split.size == count:
             return own
         team = split.guidance * split.rows
-        like = own if own is not None else torch.empty(0, dtype=self.model.dtype, device=self.model.device)
+        # On the UNet's device, which is the one that the ranks talk through; in the dtype of `kind` on all of them.
+        like = kind.new_empty(0) if own is None else own.to(kind.dtype)
+        like = like.to(self.model.device)
         sends = place is not None and own is not None and rank == split.rank(place.image)
         empty = like.new_empty(0)
         outside = [not place or r // team != place.image or r >= split.size for r in range(count)]
@@ -225,15 +229,16 @@ class ParallelSampler(SimpleSampler):
     def fingerprints(self, request: Request) -> dict[str, Any]:
         """What has to be the same on every rank, as hashes: weights (once) and arguments."""
         if not hasattr(self, "_weights"):
-            state = [*self.model.unet.state_dict().items(), *self.model.vae.state_dict().items()]
+            parts = (self.model.unet, self.model.vae, self.model.text)
+            state = [item for part in parts for item in part.state_dict().items()]
             self._weights = digest(*(part for name, tensor in state for part in (name, tensor)))
-        scheduler = request.scheduler
+        scheduler, schedule = request.scheduler, request.scheduler.schedule
         return {
             "the weights": self._weights,
             "the prompts": digest(request.context, request.negative, request.guidance_scale),
             "the size": f"{request.width} x {request.height}",
             "the seeds": digest(request.seeds, request.latents),
-            "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler.timesteps, scheduler.eta)}",
+            "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler.timesteps, scheduler.eta, schedule)}",
             "the dtype": self.model.dtype,
         }
 
@@ -241,6 +246,7 @@ class ParallelSampler(SimpleSampler):
 def load_together(read: Callable[[], StableDiffusion], device: torch.device) -> StableDiffusion:
     """`read()` on every rank: first on one of each machine, which downloads what is missing, then on the others."""
     connect(device)
+    watch(20.0)
     rank, count = world()
     first = int(os.environ.get("LOCAL_RANK", rank)) == 0
     model = read() if first else None
@@ -279,13 +285,16 @@ def part(request: Request, images: range) -> Request:
 
 
 def digest(*values: Any) -> str:
-    """Of numbers and tensors. A tensor counts by the sum of its bits, which is as fast as reading it."""
+    """Of numbers and tensors. A tensor counts by sums of the bits of its rows, which is as fast as reading it."""
     result = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
             bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.dtype.itemsize]
-            total = int(value.contiguous().view(bits).sum(dtype=torch.int64)) if value.numel() else 0
-            value = f"{tuple(value.shape)} {value.dtype} {total}"
+            flat = value.detach().contiguous().view(bits).flatten()
+            short = flat[: flat.numel() // 64 * 64].view(-1, 64) if flat.numel() > 1 << 16 else flat[:, None]
+            sums = torch.cat([short.sum(1, dtype=torch.int64), flat[short.numel() :].long()])
+            result.update(sums.cpu().numpy().tobytes())
+            value = f"{tuple(value.shape)} {value.dtype}"
         result.update(f"{value};".encode())
     return result.hexdigest()[:10]
 

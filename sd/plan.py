@@ -95,6 +95,7 @@ def bytes_of(memory: str | int | float) -> int:
 
 # ---- choosing
 
+TEXT_PIECE = 1 << 20  # elements of the text encoder's weights that are copied at once
 PIECES = [1 << 22, 1 << 21, 1 << 20]
 BANDS = [1 << 21, 1 << 20, 1 << 19]
 
@@ -140,8 +141,8 @@ def make_plan(job: Job, memory: int) -> Plan:
 
 def text_peak(plan: Plan) -> int:
     """77 tokens are small: what counts is a layer's weights."""
-    job, tokens = plan.job, 77 * (1 + plan.job.guidance)
-    return job.itemsize * (2 * plan.piece + tokens * 16 * job.text_width)
+    job, tokens = plan.job, 77 * plan.job.batch * (1 + plan.job.guidance)
+    return job.itemsize * (2 * TEXT_PIECE + tokens * 10 * job.text_width)  # two, and twice the wide inner ones
 
 
 def unet_peak(plan: Plan) -> int:

@@ -6,6 +6,7 @@ alone, so any set of ranks can exchange without a group of its own. What is sent
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,14 +127,42 @@ def connect(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if os.environ["RANK"] != "0":
+            reach(address, int(port))
+        if device.type == "cuda":
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl", device_id=device
+            )  # connects all ranks before two of them talk
+        else:
+            dist.init_process_group("gloo")
+        atexit.register(end)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{address}:{port}"
         raise RankError(
             f"The ranks cannot meet at {where} ({str(error).splitlines()[0][:200]}): "
             "check that the address is reachable and the port free."
         ) from None
+
+
+def reach(address: str, port: int, seconds: float = 30.0) -> None:
+    """Raise OSError unless somebody listens there within some seconds; torch itself would wait for many minutes."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def end() -> None:
+    if dist.is_initialized():
+        with suppress(Exception):
+            dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
@@ -164,7 +194,8 @@ class Pulse:
     """What a rank tells about itself: that it lives, how many layers it has called, whether it waits for others."""
 
     def __init__(self) -> None:
-        self.calls, self.waits, self.on = 0, 0, False
+        self.calls, self.waits, self.timeout = 0, 0, 20.0
+        self.on, self.watched = False, False  # drawing; looked at by a thread
 
 
 PULSE = Pulse()
@@ -187,34 +218,48 @@ def give_up(message: str, who: str = "") -> None:
     """
     if not report(message):
         print(f"sd: error: {message}", file=sys.stderr, flush=True)
-    host, _, pid = who.rpartition("/")
-    if host == socket.gethostname():
+    where, _, pid = who.rpartition("/")
+    if where and where == machine() != "unknown":
         with suppress(OSError):
             os.kill(int(pid), signal.SIGKILL)
     os._exit(1)
 
 
-@contextmanager
-def watched(timeout: float, fail: Callable[[str, str], None] = give_up) -> Iterator[None]:
-    """Within the block, end this process where another rank is silent, or calls no layer, for `timeout` seconds."""
+def watch(timeout: float, fail: Callable[..., None] = give_up) -> None:
+    """From now on, end this process where another rank is silent, or stuck in a drawing, for `timeout` seconds."""
     rank, count = world()
-    if count == 1 or PULSE.on:
+    PULSE.timeout = timeout
+    if count == 1 or PULSE.watched:
+        return
+    PULSE.watched = True
+    store = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore("sd-watch", store.clone() if hasattr(store, "clone") else store)
+    done = threading.Event()
+    with lost():
+        store.set(f"{rank}", beat(0))
+    threading.Thread(target=look, args=(store, rank, count, done, fail), daemon=True).start()
+
+    def leave() -> None:
+        done.set()
+        with suppress(Exception):
+            store.set(f"{rank}", "left")
+
+    atexit.register(leave)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Around work in which a rank is expected to get on: to call layers, compute, or wait for others."""
+    if PULSE.on:
         yield
         return
-    store = dist.PrefixStore("sd-watch", dist.distributed_c10d._get_default_store())
-    PULSE.on, done = True, threading.Event()
-    store.set(f"{rank}", beat(0))
-    watch = threading.Thread(target=look, args=(store, rank, count, timeout, done, fail), daemon=True)
     hook = nn.modules.module.register_module_forward_pre_hook(count_call)
-    watch.start()
+    PULSE.on = True
     try:
         yield
     finally:
         hook.remove()
-        done.set()
-        watch.join()
         PULSE.on = False
-        store.set(f"{rank}", "left")
 
 
 def count_call(*_: Any) -> None:
@@ -222,31 +267,45 @@ def count_call(*_: Any) -> None:
 
 
 def beat(number: int) -> str:
-    return f"{number} {PULSE.calls} {int(PULSE.waits > 0)} {socket.gethostname()}/{os.getpid()}"
+    # Layers called, or seconds of computing: a layer may take long.
+    work = PULSE.calls + int(time.process_time())
+    return f"{number} {work} {int(PULSE.waits > 0 or not PULSE.on)} {machine()}/{os.getpid()}"
 
 
-def look(
-    store: Any, rank: int, count: int, timeout: float, done: threading.Event, fail: Callable[[str, str], None]
-) -> None:
-    seen: dict[int, tuple[str, str, float, float]] = {}  # the last beat and call count of each, and since when
-    number = 0
-    while not done.wait(min(1.0, timeout / 8)):
+def machine() -> str:
+    """Where process ids mean the same: a machine since its start, and its namespace of processes; or "unknown"."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return "unknown"
+
+
+def look(store: Any, rank: int, count: int, done: threading.Event, fail: Callable[..., None]) -> None:
+    now = time.monotonic()
+    others = [r for r in range(count) if r != rank]
+    beats, works = dict.fromkeys(others, ("", now)), dict.fromkeys(others, ("", now))  # the last, and since when
+    who, number = dict.fromkeys(others, ""), 0
+    while not done.wait(min(1.0, PULSE.timeout / 8)):
         number += 1
         try:
             store.set(f"{rank}", beat(number))
             now = time.monotonic()
-            for other in set(range(count)) - {rank}:
-                said = store.get(f"{other}").decode() if store.check([f"{other}"]) else "0 0 1 /"
-                number_of, calls, waits, who = said.split() if said != "left" else (str(now), str(now), "1", "/")
-                before = seen.get(other, ("", "", now, now))
-                alive = before[2] if number_of == before[0] else now
-                working = before[3] if calls == before[1] and waits == "0" else now
-                seen[other] = number_of, calls, alive, working
-                if now - alive > timeout:
-                    fail(f"Rank {other} has not answered for {timeout:.0f} s: it hangs, or its machine is gone.", who)
-                if now - working > timeout:
-                    fail(f"Rank {other} has been stuck in one layer for {timeout:.0f} s, and waits for nobody.", who)
+            for other in others:
+                said = store.get(f"{other}").decode() if store.check([f"{other}"]) else ""
+                if not said or said == "left":  # it has not begun, or is done
+                    beats[other] = works[other] = "", now
+                    continue
+                at, work, idle, who[other] = said.split()
+                if at != beats[other][0]:
+                    beats[other] = at, now
+                if work != works[other][0] or idle == "1":
+                    works[other] = work, now
         except Exception:
-            if not done.is_set():
-                fail("The ranks' meeting point does not answer: rank 0 or its machine is gone.", "/")
+            if not done.is_set() and PULSE.on:
+                fail("The ranks' meeting point does not answer: the rank or the launcher that held it is gone.")
             return
+        for what, last in (("has not answered", beats), ("has neither computed nor waited", works)):
+            for other in others:
+                if now - last[other][1] > PULSE.timeout:
+                    fail(f"Rank {other} {what} for {PULSE.timeout:.0f} s, so all were ended.", who[other])

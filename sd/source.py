@@ -44,6 +44,7 @@ class Source:
     known_words: list[str] | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)  # all that tensors are mapped from, where they are several
     problem: str | None = None  # why `load` refuses it, where `find` was told to look only
 
 
@@ -118,7 +119,9 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
     chosen = hub.weight_files(hub.local_files(folder), variant, name)
     tensors = {part: read(folder / file).tensors for part, file in chosen.items()}
-    return describe_folder(folder, name, tensors, folder / chosen["unet"], look)
+    found = describe_folder(folder, name, tensors, folder / chosen["unet"], look)
+    found.files = [folder / file for file in chosen.values()]
+    return found
 
 
 def describe_folder(

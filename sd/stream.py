@@ -46,7 +46,8 @@ class Weights:
         tidy: Callable[[], None] = nothing,
     ):
         self.tidy = tidy
-        self.dtype, self.device, self.size = dtype, torch.device(device), size
+        self.dtype, self.size = dtype, size
+        self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0" or another: tensors know which
         self.kept: dict[Tensor, Tensor] = {}
         self.buffer: Tensor | None = None
 
@@ -129,6 +130,8 @@ class PinnedWeights(Weights):
         self.turn = 0
 
     def copy(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        if any(r.device.type != "cpu" for r in rows):  # of a part that lives on some GPU
+            return [r.to(self.device, self.dtype) for r in rows]
         key, compute = key_of(rows), torch.cuda.current_stream(self.device)
         # All that uses the slot whose turn it is has been queued by now: it may be filled once that is done.
         self.stream.wait_stream(compute)

@@ -24,6 +24,7 @@ def cut(monkeypatch):
     """Cuts that are small enough for a small model to be cut, and no memory that counts as the libraries'."""
     monkeypatch.setattr(plan, "PIECES", [4000, 500])
     monkeypatch.setattr(plan, "BANDS", [4000, 500])
+    monkeypatch.setattr(plan, "TEXT_PIECE", 500)
     monkeypatch.setattr(lean, "PROCESS", 0)
 
 
