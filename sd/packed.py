@@ -1,0 +1,107 @@
+"""Products and convolutions by oneDNN, with weights that stand in its own layout.
+
+On x86 PyTorch computes float32 products by MKL, which is slow on processors of another maker (half of oneDNN's rate,
+as measured on Zen 5), and convolutions by oneDNN, which puts the weights in its blocked layout again in every call:
+half of the time where images are small. These operators, made for torch.compile, take weights in that layout.
+
+Elsewhere (other dtypes, devices and processors, or with oneDNN switched off) the usual operators do the same.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def onednn(x: Tensor) -> bool:
+    """Whether oneDNN computes with `x`."""
+    here = x.dtype == torch.float32 and x.device.type == "cpu" and X86 and torch.backends.mkldnn.is_available()
+    return here and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Derived:
+    """Something made of weights on first use, and again when they, or what it is made for, have changed."""
+
+    def __init__(self, make: Callable[..., Any], *weights: Tensor | None):
+        self.make = make
+        self.weights = [w for w in weights if w is not None]
+        self.stamp: tuple[Any, ...] | None = None
+        self.value: Any = None
+
+    def __call__(self, *key: Any) -> Any:
+        stamp = (key, *((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in self.weights))
+        if stamp != self.stamp:
+            self.value = None  # before the next is made: never two in memory
+            self.value, self.stamp = self.make(*key), stamp
+        return self.value
+
+
+def nothing() -> None:
+    """The bias of a layer without one."""
+
+
+class Linear:
+    """x (..., K) -> x weight^T + bias (..., N), for weight (N, K). `gelu`: the exact GELU of that.
+
+    weight, bias   functions that give them, made of `sources`
+    pack           keep the weight in oneDNN's layout, which takes its memory once more
+    """
+
+    def __init__(
+        self, weight: Callable[[], Tensor], *sources: Tensor, bias: Callable[[], Any] = nothing, pack: bool = True
+    ):
+        self.weight, self.bias, self.pack = weight, bias, pack
+        self.packed = Derived(self._pack, *sources)
+
+    def _pack(self, rows: int) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight().contiguous(), rows)
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if not onednn(x) or len(flat) < 16:  # a few rows: the time goes into reading the weight in any case
+            y = F.linear(x, self.weight(), self.bias())
+            return F.gelu(y) if gelu else y
+        weight = self.packed(len(flat)) if self.pack else self.weight().contiguous()
+        post: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(flat, weight, self.bias(), *post)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class Conv:
+    """x (B, H, W, C) -> (B, H', W', O): a convolution of weight (O, C, kh, kw) over pixels with channels last."""
+
+    def __init__(
+        self,
+        weight: Callable[[], Tensor],
+        *sources: Tensor,
+        bias: Callable[[], Any] = nothing,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        pack: bool = True,
+    ):
+        self.weight, self.bias, self.pack = weight, bias, pack
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self.packed = Derived(self._pack, *sources)
+
+    def _pack(self, *shape: int) -> Tensor:
+        around = [[n, n] for n in (self.padding, self.stride, 1)]
+        weight = self.weight().contiguous()
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *around, self.groups, list(shape))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x.permute(0, 3, 1, 2)
+        if onednn(x) and self.pack:
+            around = [[n, n] for n in (self.padding, self.stride, 1)]
+            rest = (self.bias(), *around, self.groups, "none", [], "")
+            y = torch.ops.mkldnn._convolution_pointwise(y, self.packed(*y.shape), *rest)
+        else:
+            y = F.conv2d(y, self.weight(), self.bias(), self.stride, self.padding, groups=self.groups)
+        return y.permute(0, 2, 3, 1).contiguous()

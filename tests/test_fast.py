@@ -1,0 +1,356 @@
+"""The fast model computes what the textbook computes: float64 to 1e-10, float32 to its rounding."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sd
+from sd.attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
+from sd.packed import Conv, Derived, Linear
+from sd.unet import ResBlock
+from sd.unet import Upsample as UNetUpsample
+from sd.vae import AttnBlock, ResnetBlock
+from sd.vae import Upsample as VAEUpsample
+from sd.winograd import POINTS, Norm, Winograd, direct, transforms
+from tests.layouts import make_model
+
+fast_py = inspect.getmodule(sd.fast)  # sd.fast is the function
+winograd_py = importlib.import_module("sd.winograd")
+
+BOUND = {torch.float64: 1e-10, torch.float32: 5e-6}
+DTYPES = [torch.float64, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def noise(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def close(got, wanted, bound=None):
+    assert got.shape == wanted.shape
+    error = ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+    assert error < (bound or BOUND[got.dtype])
+    return error
+
+
+@pytest.fixture
+def all_ways(monkeypatch):
+    """Small layers take the ways of large ones."""
+    monkeypatch.setattr(fast_py, "CHANNELS", 1)
+    monkeypatch.setattr(fast_py, "TOKENS", 48)
+    monkeypatch.setattr(fast_py, "MOMENTS", 1 << 10)
+    monkeypatch.setattr(winograd_py, "TILES", 12)
+
+
+# ---- Winograd
+
+
+@pytest.mark.parametrize(("m", "r"), list(POINTS))
+def test_a_tile_is_a_correlation(m, r):
+    a, g, b = transforms(m, r)
+    d, w = noise(m + r - 1), noise(r, seed=1)
+    close(a @ ((g @ w) * (b @ d)), torch.stack([d[i : i + r] @ w for i in range(m)]), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("tiles", [3, 128])
+@pytest.mark.parametrize("shape", [(1, 8, 12), (2, 9, 11), (3, 5, 7), (1, 1, 1), (2, 17, 33)])
+def test_winograd(shape, tiles, m, dtype, monkeypatch):
+    monkeypatch.setattr(winograd_py, "TILES", tiles)
+    batch, height, width = shape
+    x, w = noise(batch, height, width, 6, dtype=dtype), noise(16, 6, 3, 3, dtype=dtype, seed=1) / 7
+    bias, add = noise(16, dtype=dtype, seed=2), noise(batch, height, width, 16, dtype=dtype, seed=3)
+    norm = Norm(noise(batch, 1, 1, 6, dtype=dtype, seed=4), noise(batch, 1, 1, 6, dtype=dtype, seed=5))
+    kept = x.clone(), add.clone()
+
+    y = F.silu(x.double() * norm.scale.double() + norm.shift.double()).permute(0, 3, 1, 2)
+    wanted = F.conv2d(y, w.double(), bias.double(), padding=1).permute(0, 2, 3, 1) + add.double()
+    close(Winograd(w, bias, m)(x, norm, add), wanted)
+
+    big = F.interpolate(x.double().permute(0, 3, 1, 2), scale_factor=2.0)
+    wanted = F.conv2d(big, w.double(), bias.double(), padding=1).permute(0, 2, 3, 1)
+    close(Winograd(w, bias, m, upsample=True)(x), wanted)
+    close(direct(SimpleNamespace(weight=w, bias=bias), pack=True)(x), wanted)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(add, kept[1])
+
+
+@pytest.mark.parametrize(("m", "upsample", "bound"), [(4, False, 2.0), (2, False, 1.0), (4, True, 2.0)])
+def test_winograd_rounds_hardly_more_than_the_definition(m, upsample, bound):
+    x, w = noise(1, 24, 24, 320, dtype=torch.float32), noise(32, 320, 3, 3, dtype=torch.float32, seed=1) / 54
+    image = x.permute(0, 3, 1, 2)
+    if upsample:
+        image = F.interpolate(image, scale_factor=2.0)
+    wanted = F.conv2d(image.double(), w.double(), padding=1).permute(0, 2, 3, 1)
+    plain = F.conv2d(image, w, padding=1).permute(0, 2, 3, 1)
+    fast = Winograd(w, torch.zeros(32), m, upsample)(x)
+    errors = [(y.double() - wanted).norm() / wanted.norm() for y in (fast, plain)]
+    assert errors[0] < bound * errors[1]
+
+
+# ---- packed weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pack", [True, False])
+def test_linear_and_conv(dtype, pack):
+    x, w, b = noise(3, 40, 24, dtype=dtype), noise(48, 24, dtype=dtype, seed=1) / 5, noise(48, dtype=dtype, seed=2)
+    layer = Linear(lambda: w, w, bias=lambda: b, pack=pack)
+    wanted = F.linear(x.double(), w.double(), b.double())
+    close(layer(x), wanted)
+    close(layer(x, gelu=True), F.gelu(wanted))
+    close(layer(x[:1, :3]), wanted[:1, :3])
+    image, k = noise(2, 9, 11, 24, dtype=dtype), noise(16, 24, 3, 3, dtype=dtype, seed=3) / 15
+    for stride in (1, 2):
+        conv = Conv(lambda: k, k, bias=lambda: b[:16], stride=stride, padding=1, pack=pack)
+        wanted = F.conv2d(image.double().permute(0, 3, 1, 2), k.double(), b[:16].double(), stride, 1)
+        close(conv(image), wanted.permute(0, 2, 3, 1))
+
+
+def test_derived_is_made_anew_when_weights_change():
+    w = nn.Parameter(torch.ones(3))
+    twice = Derived(lambda factor: w.detach() * factor, w)
+    first = twice(2)
+    assert twice(2) is first
+    assert twice(3).sum() == 9
+    w.add_(1)
+    assert twice(3).sum() == 18
+    w.data = torch.zeros(3)
+    assert twice(3).sum() == 0
+
+
+# ---- layers
+
+
+def given_fast(module, pack=True):
+    """A copy of a module, with random weights, that is fast, and the module."""
+    for i, p in enumerate(module.parameters()):
+        p.copy_(noise(*p.shape, seed=i) / (p[0].numel() ** 0.5 if p.ndim > 1 else 1))
+    copy_ = fast_py.sharing(module)
+    fast_py.on_cpu(copy_, pack)
+    return module, copy_
+
+
+LAYERS = {
+    "conv": lambda: (nn.Conv2d(16, 32, 3, padding=1), noise(2, 16, 13, 26)),
+    "1x1": lambda: (nn.Conv2d(16, 32, 1), noise(2, 16, 5, 6)),
+    "norm": lambda: (nn.GroupNorm(4, 16), noise(2, 16, 5, 6)),
+    "stride 2": lambda: (nn.Conv2d(16, 32, 3, stride=2, padding=1), noise(2, 16, 9, 6)),
+    "ResBlock": lambda: (ResBlock(16, 32, 24, 8), noise(2, 16, 13, 14), noise(2, 24)),
+    "ResBlock, no shortcut": lambda: (ResBlock(16, 16, 24, 8), noise(3, 16, 27, 25), noise(3, 24)),
+    "ResnetBlock": lambda: (ResnetBlock(16, 32, 8), noise(1, 16, 30, 31)),
+    "UNet upsample": lambda: (UNetUpsample(16), noise(2, 16, 12, 13), torch.Size((24, 26))),
+    "UNet upsample, odd": lambda: (UNetUpsample(16), noise(2, 16, 12, 13), torch.Size((23, 25))),
+    "UNet upsample, small": lambda: (UNetUpsample(16), noise(2, 16, 3, 5), torch.Size((6, 10))),
+    "VAE upsample": lambda: (VAEUpsample(16), noise(1, 16, 25, 26)),
+    "self-attention": lambda: (CrossAttention(32, 4), noise(2, 40, 32)),
+    "cross-attention": lambda: (CrossAttention(32, 4, 24), noise(2, 40, 32), noise(2, 77, 24)),
+    "feed-forward": lambda: (FeedForward(32), noise(2, 70, 32)),
+    "SpatialTransformer": lambda: (SpatialTransformer(32, 4, 24, 2, 8), noise(2, 32, 7, 9), noise(2, 77, 24)),
+    "AttnBlock": lambda: (AttnBlock(32, 8), noise(2, 32, 7, 9)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_that_is_replaced(name, pack, dtype, all_ways):
+    module, *inputs = LAYERS[name]()
+    plain, quick = given_fast(module.double(), pack)
+    assert "forward" in quick.__dict__
+    wanted = plain(*inputs)
+    quick.to(dtype)  # after it was made fast
+    got = quick(*(z.to(dtype) if isinstance(z, torch.Tensor) else z for z in inputs))
+    close(got, wanted)
+    assert next(plain.parameters()).dtype == torch.float64
+    assert "forward" not in plain.__dict__
+
+
+def test_every_kind_is_tested():
+    tested = {type(LAYERS[name]()[0]) for name in LAYERS} | {nn.Linear, BasicTransformerBlock}
+    assert tested == set(fast_py.FORWARDS)
+
+
+def test_norms_far_from_zero_keep_their_variance():
+    x = noise(2, 40, 30, 16, dtype=torch.float32) * 1e-2 + 30
+    norm = nn.GroupNorm(4, 16, eps=1e-6)
+    wanted = F.silu(norm.double()(x.double().permute(0, 3, 1, 2).contiguous())).permute(0, 2, 3, 1)
+    scale, shift = fast_py.affine(x.double(), norm)
+    close(F.silu(fast_py.group_norm(x.double(), norm)), wanted, 1e-9)
+    close(F.silu(x.double() * scale + shift), wanted, 1e-9)
+    variances = [fast_py.affine(z, norm.to(z.dtype)).scale.double() for z in (x, x.double())]
+    close(*variances, 1e-4)  # by the mean of squares less the square of the mean: wrong by 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1024, 77, 80), (2, 3, 700, 700, 40), (1, 1, 300, 300, 64)])
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_fast_attention(shape, scale):
+    b, h, t, s, d = shape
+    q, k, v = (noise(b, n, h, d, seed=i).transpose(1, 2) for i, n in enumerate((t, s, s)))
+    q = q * scale
+    wanted = attention(q, k, v)
+    close(fast_py.fast_attention(q, k, v), wanted)
+    close(fast_py.fast_attention(q.float(), k.float(), v.float()), wanted, 2e-6 * scale)
+
+
+# ---- whole models
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A small model in float64, with channels enough for Winograd."""
+    unet = sd.UNetConfig(
+        model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2), context_dim=64
+    )
+    return make_model(unet=unet, vae=sd.VAEConfig(ch=64, ch_mult=(1, 1), num_res_blocks=1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("extra_memory", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 12, 12), (2, 25, 24), (3, 13, 17)])
+def test_whole_networks(shape, dtype, extra_memory, wide):
+    batch, height, width = shape
+    quick = sd.fast(wide, extra_memory=extra_memory)
+    x, t, context = noise(batch, 4, height, width), torch.linspace(1, 990, batch), noise(batch, 77, 64)
+    image = noise(batch, 3, 2 * height, 2 * width)
+    wanted = wide.unet(x, t, context), wide.vae.decode(x), wide.vae.encode(image)
+    quick.to(dtype=dtype)
+    x, context, image = (z.to(dtype) for z in (x, context, image))
+    for got, right in zip(
+        (quick.unet(x, t, context), quick.vae.decode(x), quick.vae.encode(image)), wanted, strict=True
+    ):
+        close(got, right)
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_guidance_shares_what_is_alike(images, wide, monkeypatch):
+    quick = sd.fast(wide)
+    x, t = noise(images, 4, 14, 15).repeat(2, 1, 1, 1), torch.full((2 * images,), 400.0)
+    context = noise(2 * images, 77, 64)
+    sizes = []
+    first = quick.unet.input_blocks[1][0]
+    first.register_forward_hook(lambda _, args, out: sizes.append(len(args[0])))
+    close(quick.unet(x, t, context), wide.unet(x, t, context))
+    assert sizes == [images]
+    other = x.clone()
+    other[-1, 0, 0, 0] += 1e-6
+    close(quick.unet(other, t, context), wide.unet(other, t, context))
+    times = t.clone()
+    times[-1] += 1
+    close(quick.unet(x, times, context), wide.unet(x, times, context))
+    assert sizes == [images, 2 * images, 2 * images]
+
+
+def test_no_stale_text_and_no_stale_weights(wide):
+    model = copy.deepcopy(wide.unet), wide.vae, wide.text
+    plain = sd.StableDiffusion(*model, size=64)
+    quick = sd.fast(plain)
+    x, t, context = noise(2, 4, 12, 12), torch.tensor([5.0, 5.0]), noise(2, 77, 64)
+    for _ in range(3):
+        close(quick.unet(x, t, context), plain.unet(x, t, context))
+        context.data += 1  # without a new version
+    for p in plain.unet.parameters():
+        p.mul_(1.01)
+    close(quick.unet(x, t, context), plain.unet(x, t, context))
+    plain.unet.load_state_dict({n: p * 1.01 for n, p in plain.unet.state_dict().items()})
+    close(quick.unet(x, t, context), plain.unet(x, t, context))
+
+
+def test_keys_and_values_of_a_text_are_computed_once(wide, monkeypatch):
+    calls, compute = [], Linear.__call__
+    monkeypatch.setattr(Linear, "__call__", lambda self, x, **kw: calls.append(x.shape) or compute(self, x, **kw))
+    quick = sd.fast(wide)
+    x, t, context = noise(2, 4, 12, 12), torch.tensor([5.0, 5.0]), noise(2, 77, 64)
+    quick.unet(x, t, context)
+    assert calls.count(context.shape) == 2 * sum(isinstance(m, SpatialTransformer) for m in wide.unet.modules())
+    calls.clear()
+    quick.unet(x, t, context.clone())
+    assert calls
+    assert context.shape not in calls
+
+
+def test_the_original_stays_and_weights_are_shared(wide):
+    before = {n: (p, p.clone()) for n, p in wide.unet.state_dict(keep_vars=True).items()}
+    quick = sd.fast(wide)
+    x, t, context = noise(2, 4, 12, 12), torch.tensor([5.0, 5.0]), noise(2, 77, 64)
+    quick.unet(x, t, context)
+    assert type(quick) is type(wide)
+    assert not quick.unet(x, t, context).requires_grad
+    for name, p in quick.unet.state_dict().items():
+        assert p.data_ptr() == before[name][0].data_ptr()
+    for name, p in wide.unet.state_dict(keep_vars=True).items():
+        assert p is before[name][0]
+        assert torch.equal(p, before[name][1])
+    for part in (wide.unet, wide.vae):
+        assert all("forward" not in m.__dict__ for m in part.modules())
+        assert all(m.attend is attention for m in part.modules() if hasattr(m, "attend"))
+    again = sd.fast(quick).to(dtype=torch.float32)  # its modules are its own
+    close(again.unet(x.float(), t, context.float()), wide.unet(x, t, context))
+    assert quick.dtype == torch.float64
+
+
+def test_attention_can_still_be_replaced(wide):
+    quick = sd.fast(wide)
+    called = []
+
+    def mine(q, k, v):
+        called.append(q.shape)
+        return attention(q, k, v)
+
+    x, t, context = noise(1, 4, 12, 12), torch.tensor([5.0]), noise(1, 77, 64)
+    with sd.use_attention(quick.unet, mine):
+        close(quick.unet(x, t, context), wide.unet(x, t, context))
+    blocks = [m for m in quick.unet.modules() if isinstance(m, CrossAttention)]
+    assert len(called) == len(blocks)
+    assert all(m.attend is fast_py.fast_attention for m in blocks)
+
+
+def test_half_precision_keeps_the_textbook(tiny):
+    model = copy.copy(tiny)
+    model.unet, model.vae = (copy.deepcopy(part).bfloat16() for part in (tiny.unet, tiny.vae))
+    quick = sd.fast(model)
+    x = noise(1, 4, 8, 8, dtype=torch.bfloat16)
+    t, context = torch.tensor([5.0]), noise(1, 77, 64, dtype=torch.bfloat16)
+    assert torch.equal(quick.unet(x, t, context), model.unet(x, t, context))
+
+
+def test_the_builtin_model_draws_the_same_picture():
+    model = sd.load("shapes")
+    for prompt, guidance in (
+        ("a red star above a blue ring on a white background", 7.5),
+        ("a small green cross", 1.0),
+    ):
+        pictures = [
+            np.asarray(
+                sd.SimpleSampler(m)(prompt, num_inference_steps=6, guidance_scale=guidance, seed=2)[0], dtype=int
+            )
+            for m in (model, sd.fast(model))
+        ]
+        assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys):
+    from sd.cli import main, make_sampler
+
+    assert make_sampler(tiny, {"exact": True}).model is tiny
+    quick = make_sampler(tiny, {}).model
+    assert quick is not tiny
+    assert all("forward" in m.__dict__ for m in quick.unet.modules() if isinstance(m, ResBlock))
+    assert main(["a red star", "--variant", "lean", "--exact"]) == 2
+    assert "--exact is of --variant simple" in capsys.readouterr().err
