@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,25 +20,48 @@ PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "openvino")  # d
 
 
 class RunError(Exception):
-    """A process ended with an error; the message is the end of what it wrote."""
+    """A process ended with an error, and the message is the end of what it wrote; or it took too long."""
+
+
+@contextmanager
+def holding(lock: Path | None) -> Iterator[None]:
+    """Within the block, the file is locked (flock); waits for it as long as it takes."""
+    if lock is None:
+        yield
+        return
+    import fcntl  # not on Windows, where nobody gives a lock
+
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file gives the lock back
 
 
 def fresh(module: str, *args: str, lock: Path | None = None, limit: float = 1800) -> dict[str, Any]:
-    """Run a module in a process of its own; what it prints last is JSON, to which `wall` seconds are added.
+    """Run a module in a process of its own. Returns the JSON that it prints last, with two entries more:
 
-    `lock` is a file that the process holds while it runs (flock), where several people share a machine.
+    start  when the process was started, by the system's clock (time.time)
+    load   of the machine at its end, over 1 minute: what else there was to do
+
+    `lock` is a file that is locked while the process runs (flock), where several people share a machine; waiting
+    for it counts neither against `limit`, in seconds, nor in `start`. Raises RunError where the process fails or
+    is not done within the limit; it and all that it started are ended then.
     """
     command = [sys.executable, "-W", "ignore", "-m", module, *args]
-    waited = time.time()
-    if lock:
-        # The clock starts when the lock is had: the shell writes the time, then becomes the process.
-        command = ["flock", str(lock), "sh", "-c", 'date +%s.%N >&2; exec "$@"', "sh", *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RunError(done.stderr.strip()[-1500:])
-    start = float(done.stderr.split("\n", 1)[0]) if lock else waited
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result | {"start": start, "load": os.getloadavg()[0]}  # at its end: what else the machine had to do
+    with holding(lock):
+        start = time.time()
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, start_new_session=True, **pipes)  # a group of its own, to end it whole
+        try:
+            out, err = process.communicate(timeout=limit)
+        except BaseException as error:  # Ctrl-C too, which does not reach a group of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RunError(f"not done within {limit:g} s") from None
+            raise
+    if process.returncode:
+        raise RunError(err.strip()[-1500:] or f"ended with code {process.returncode}")
+    return json.loads(out.splitlines()[-1]) | {"start": start, "load": os.getloadavg()[0]}
 
 
 def in_turn(
@@ -54,7 +79,7 @@ def in_turn(
                 continue
             try:
                 results[name].append(job())
-            except (RunError, subprocess.TimeoutExpired) as error:
+            except RunError as error:
                 results[name] = [{"failed": str(error)}]
             last = results[name][-1]
             said = last.get("failed", "").splitlines()[-1:] or [f"{key} {values(last, key)}" for key in last["times"]]

@@ -179,10 +179,8 @@ def draw(peer: str, how: dict[str, Any], marks: list[float]) -> None:
 
         options = ["--model", how["file"], "--steps", how["steps"], "--height", how["size"], "--width", how["size"]]
         options += ["-o", how["out"], "--device", how["device"], "--force", "--quiet"]
-        exact = "exact" in {action.dest for action in cli.draw_parser()._actions}
-        if peer == "fast" and not exact:
-            raise SystemExit("artist has no fast default here: it would draw with the textbook's modules")
-        if peer == "textbook" and exact:
+        options += ["--dtype", str(how["dtype"]).removeprefix("torch.")]
+        if peer == "textbook":
             options.append("--exact")
         code = cli.main([PROMPT, *map(str, options)])
         assert code == 0, code
@@ -190,7 +188,7 @@ def draw(peer: str, how: dict[str, Any], marks: list[float]) -> None:
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(how["hub"], torch_dtype=how["dtype"], safety_checker=None)
-    # What the real repository's files say, and those that the benchmark makes do not:
+    # What the real repository's files say, and weights that were kept from an earlier run may not:
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True, steps_offset=1)
     pipe.tokenizer.model_max_length = 77
     pipe.to(how["device"])

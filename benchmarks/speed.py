@@ -9,8 +9,8 @@ Tasks:  unet     one call, full size, guidance on (a batch of 2); seconds after 
         vae      one decode of a picture
         first    from the start of the process to the first call of the UNet: imports, loading, the text
         picture  from the start of the process to the PNG
-Peers:  textbook               SimpleSampler's modules; with `artist --exact` where there is a fast default
-        fast                   sd.fast(model), where it exists; `artist` as it is
+Peers:  textbook               SimpleSampler's modules; of a picture `artist --exact`
+        fast                   sd.fast(model); of a picture `artist` as it is (on a GPU the textbook, so left out)
         fast, no extra memory  sd.fast(model, extra_memory=False); not a picture
         fast compiled          on a GPU: sd.fast(model, compile=True); not a picture
         diffusers, diffusers channels-last     eager, in both memory formats
@@ -37,6 +37,13 @@ from typing import Any
 from . import harness
 
 FAST = ("fast", "fast, no extra memory", "fast compiled")
+BARS = {  # what is to be reached on the CPU, by task and peer
+    ("unet", "fast"): "1.45 x",
+    ("unet", "OpenVINO"): "fast: 1.2 x faster than this",
+    ("vae", "fast"): "1.50 x",
+    ("first", "fast"): "4 s, and 2.00 x",
+    ("picture", "fast"): "1.40 x",
+}
 
 TASKS = {
     "unet": "UNet call, batch 2 (guidance)",
@@ -79,8 +86,6 @@ def arguments() -> argparse.Namespace:
 def present(peers: list[str] | None, device: str) -> tuple[list[str], dict[str, str]]:
     """The peers that can run here, and of the others why not."""
     missing: dict[str, str] = {}
-    if importlib.util.find_spec("sd.fast") is None:
-        missing |= dict.fromkeys(FAST, "sd.fast does not exist")
     for peer, package in (("OpenVINO", "openvino"), ("diffusers", "diffusers")):
         if importlib.util.find_spec(package) is None:
             missing |= {p: f"{package} is not installed" for p in CPU + GPU if p.startswith(peer)}
@@ -157,7 +162,9 @@ def measure(task: str, peers: list[str], how: dict, scratch: Path, args: argpars
         return result
 
     if task in ("first", "picture"):
-        peers = [p for p in peers if p not in ("OpenVINO", "fast, no extra memory", "fast compiled")]
+        peers = [p for p in peers if p not in ("OpenVINO", *FAST[1:])]
+        if args.device != "cpu":
+            peers = [p for p in peers if p != "fast"]
     if task == "first":
         peers = [p for p in peers if p not in ("diffusers channels-last", "diffusers compiled", "diffusers best")]
     if "OpenVINO" in peers and not openvino_file(task, how).exists():
@@ -182,7 +189,11 @@ def differences(task: str, entry: dict, how: dict, scratch: Path, lock: Path | N
     if task in ("unet", "vae"):
         reference = output(scratch, task, "float64", "npy")
         given = how | {"out": str(reference), "calls": 0}
-        harness.fresh("benchmarks.peers", task, "float64", json.dumps(given), lock=lock)
+        try:
+            harness.fresh("benchmarks.peers", task, "float64", json.dumps(given), lock=lock)
+        except harness.RunError as error:  # the times are sound without
+            print(f"  no errors, for the float64 reference failed: {error}", flush=True)
+            return
         exact = np.load(reference)
         for peer, runs in sound.items():
             got = np.load(output(scratch, task, peer, "npy")).astype(np.float64)
@@ -203,20 +214,22 @@ def samples(task: str, runs: list[dict]) -> list[float]:
 
 
 def table(task: str, entry: dict[str, Any]) -> str:
-    """Seconds, and how many times faster than diffusers eager in its better memory format."""
+    """Seconds, how many times faster than diffusers eager in its better memory format, and the bar for that."""
     import statistics
 
     sound = {peer: runs for peer, runs in entry["peers"].items() if "failed" not in runs[0]}
     medians = {peer: statistics.median(samples(task, runs)) for peer, runs in sound.items()}
     eager = [medians[p] for p in ("diffusers", "diffusers channels-last") if p in medians]
     last = {"unet": "error", "vae": "error", "picture": "pixels"}.get(task)
-    head = [TASKS[task], "seconds", "against diffusers", "first call s" if task in ("unet", "vae") else "note"]
-    head.append("peak MB")
+    head = [TASKS[task], "seconds", "against diffusers", "bar"]
+    head += ["first call s" if task in ("unet", "vae") else "note", "peak MB"]
+    bars = BARS if entry.get("machine", {}).get("device", "cpu") == "cpu" else {}
     head += {"error": ["error against float64"], "pixels": ["pixels apart from textbook"]}.get(last or "", [])
     rows = []
     for peer, runs in entry["peers"].items():
         if "failed" in runs[0]:
-            rows.append([peer, "failed", "", runs[0]["failed"].splitlines()[-1][:80]] + [""] * (len(head) - 4))
+            why = runs[0]["failed"].splitlines()[-1][:80]
+            rows.append([peer, "failed", "", bars.get((task, peer), ""), why] + [""] * (len(head) - 5))
             continue
         times = runs[-1]["times"]
         ratio = f"{min(eager) / medians[peer]:.2f} x" if eager else ""
@@ -224,7 +237,7 @@ def table(task: str, entry: dict[str, Any]) -> str:
         if "step" in times:
             note = f"step {harness.spread([s for r in runs for s in r['times']['step']])}"
         peak = max(run["peak"] for run in runs) / 1e6  # of the process, with the file's pages that it has read
-        row = [peer, harness.spread(samples(task, runs)), ratio, note, f"{peak:.0f}"]
+        row = [peer, harness.spread(samples(task, runs)), ratio, bars.get((task, peer), ""), note, f"{peak:.0f}"]
         if last:
             value = runs[-1].get(last)
             row.append("" if value is None else f"{value:.1e}" if last == "error" else str(value))

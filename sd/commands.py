@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .outputs import check_output
+
 
 class Command(NamedTuple):
     what: str  # for the help of `artist`
@@ -101,7 +103,8 @@ def compare_parser() -> argparse.ArgumentParser:
     add("--size", type=int, metavar="PIXELS", help="edge of the picture; the model's own if not given")
     add("--only", nargs="+", metavar="PART", help="of text, unet, vae, schedulers; not for two sources")
     add("--bound", type=float, help="largest that passes; 1e-10 in float64, 1e-5 in float32; 0 for two sources")
-    add("--repeats", type=int, default=1, metavar="N", help="how often a block is timed; 1, and 0 for no measuring")
+    add("--repeats", type=int, metavar="N", help="how often a block is timed; 1, and 0 for no measuring; not for two "
+        "sources")  # fmt: skip
     add("--json", metavar="FILE", help="write the figures there as well")
     add("--force", action="store_true", help="write over an existing file")
     add_source_options(parser)
@@ -109,16 +112,21 @@ def compare_parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> None:
-    from .reference import CompareError
-
     if args.random and args.source:
-        raise CompareError("Random weights and a source exclude each other: leave one of them out.")
+        raise ValueError("Random weights and a source exclude each other: leave one of them out.")
+    for option in ("tokenizer", "config", "ema", "revision", "hub_variant") if args.random else ():
+        if getattr(args, option):
+            raise ValueError(
+                f"--{option.replace('_', '-')} is of a source, which --random has none of: leave it out."
+            )
     if args.other and args.only:
-        raise CompareError("--only is for the comparison with diffusers: two sources are compared whole.")
+        raise ValueError("--only is for the comparison with diffusers: two sources are compared whole.")
+    if args.other and args.repeats is not None:
+        raise ValueError("--repeats is for the comparison with diffusers: two sources are not timed.")
     if args.bound is not None and not args.bound >= 0:
-        raise CompareError(f"--bound must be a number of at least 0, not {args.bound}.")
-    if args.json and Path(args.json).exists() and not args.force:
-        raise CompareError(f"{args.json} exists: choose another name, or write over it with --force.")
+        raise ValueError(f"--bound must be a number of at least 0, not {args.bound}.")
+    if args.json:
+        check_output(args.json, force=args.force)  # before any work is done
     from .compare import compare_command
     from .report import format_report, write_report
 
@@ -158,14 +166,18 @@ def describe(args: argparse.Namespace) -> None:
 
     from .describe import describe as look
 
-    where = {"revision": args.revision, "variant": args.hub_variant} if args.source else {}
+    if args.depth is not None and not args.tree:
+        raise ValueError("--depth is of --tree only: give that too.")
+    if args.depth is not None and args.depth < 1:
+        raise ValueError(f"--depth must be at least 1, not {args.depth}.")
     found = look(
         args.source,
         height=args.height,
         width=args.width,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         config=args.config,
-        **where,
+        revision=args.revision,
+        variant=args.hub_variant,
     )
     print(found.json() if args.json else found.tree(args.depth) if args.tree else found)
 
@@ -196,22 +208,31 @@ def study_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
     add("--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="float16 on a GPU, else float32")
     add("--force", action="store_true", help="write over existing files")
+    add("--quiet", action="store_true", help="no progress bar")
     add_source_options(parser)
     return parser
 
 
 def study(args: argparse.Namespace) -> None:
+    from functools import partial
+
+    from tqdm import tqdm
+
     from .cli import load_model, make_sampler  # not at the head: cli imports this file
     from .page import refuse_existing, study_page, write_page
 
     paths = [Path(path) for path in (args.output, args.trace) if path is not None]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"The page and the trace cannot both be {args.output}: name another file for one of them.")
     refuse_existing(paths, args.force)  # before any work is done
     given = {name: value for name, value in vars(args).items() if value is not None}
+    given["exact"] = True  # the textbook, whose every module is called, not sd.fast
     names = {name: getattr(args, name) for name in ("model", "revision", "hub_variant", "ema", "dtype")}
     sampler = make_sampler(load_model(names, given), given)
     page, record = study_page(
         sampler,
         args.prompt,
+        progress=partial(tqdm, desc="drawing", unit="step", disable=args.quiet),
         negative_prompt=args.negative,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,

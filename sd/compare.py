@@ -9,11 +9,12 @@ Everything is returned as plain data: see `Report`, `Row` and `Change`.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ from .vae import VAE
 PROMPT = "a red star above a blue ring on a white background"
 WHAT = ("text", "unet", "vae", "schedulers")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
-LMS_BOUND = 1e-7  # diffusers integrates LMS numerically, in float32; ours is exact
+LMS_BOUND = 1e-7  # the least, if none is given: diffusers integrates LMS numerically, in float32; ours is exact
 STEPS = 50  # of every scheduler
 
 
@@ -101,7 +102,8 @@ def compare_with_diffusers(
     model    in the dtype and on the device to compare in; float64 shows the smallest faults
     size     of the picture, in pixels along an edge; the model's own if not given
     what     which of "text", "unet", "vae", "schedulers"
-    bound    largest difference that passes; 1e-10 in float64, 1e-5 in float32, 1e-2 in half precision
+    bound    largest difference that passes; if not given, 1e-10 in float64 (1e-7 for LMS), 1e-5 in float32, 1e-2
+             in half precision
     repeats  how often each block is timed
 
     diffusers' models get the very same weights, in the same memory. Raises CompareError, a ValueError, for
@@ -111,7 +113,8 @@ def compare_with_diffusers(
         raise CompareError(f"There is no part {unknown[0]!r} to compare: choose among {', '.join(WHAT)}.")
     if type(repeats) is not int or repeats < 0:
         raise CompareError(f"repeats must be a whole number of at least 0, not {repeats!r}.")
-    bound = BOUNDS.get(model.dtype, 1e-2) if bound is None else bound
+    usual = BOUNDS.get(model.dtype, 1e-2)
+    bound, lms_bound = (usual, max(usual, LMS_BOUND)) if bound is None else (bound, bound)
     version = reference.diffusers().__version__
     model = model.ready()
     inputs = make_inputs(model, size)
@@ -121,21 +124,21 @@ def compare_with_diffusers(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}",
         ("ours", "diffusers"),
     )
-    text, context = compare_text(model, prompt, bound, repeats)
+    texts = ["", prompt]
     if "text" in what:
-        report.rows.append(text)
+        report.rows.append(compare_text(model, texts, bound, repeats))
     if "unet" in what:
-        report.rows += compare_unet(model, inputs, context, bound, repeats)
+        report.rows += compare_unet(model, inputs, model.encode_prompt(texts), bound, repeats)
     if "vae" in what:
         report.rows += compare_vae(model, inputs, bound, repeats)
     if "schedulers" in what:
-        report.rows += [compare_scheduler(name, inputs.latents, bound) for name in SCHEDULERS]
+        bounds = dict.fromkeys(SCHEDULERS, bound) | {"lms": lms_bound}
+        report.rows += [compare_scheduler(name, inputs.latents, bounds[name]) for name in SCHEDULERS]
     return report
 
 
-def compare_text(model: StableDiffusion, prompt: str, bound: float, repeats: int) -> tuple[Row, Tensor]:
-    """Ours against transformers' CLIPTextModel as diffusers' encode_prompt calls it; with the result, (2, 77, C)."""
-    texts = ["", prompt]
+def compare_text(model: StableDiffusion, texts: list[str], bound: float, repeats: int) -> Row:
+    """Ours against transformers' CLIPTextModel as diffusers' encode_prompt calls it."""
     fresh = TextEncoder(model.text.config, model.text.state_dict(), model.text.vocab, model.text.merges)
 
     for encoder in (model.text, fresh):
@@ -146,7 +149,7 @@ def compare_text(model: StableDiffusion, prompt: str, bound: float, repeats: int
         tokens = fresh.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return fresh.model(tokens.input_ids.to(model.device), attention_mask=None)[0]
 
-    return pair("text", lambda: model.encode_prompt(texts), theirs, bound, repeats)
+    return pair("text", lambda: model.encode_prompt(texts), theirs, bound, repeats)[0]
 
 
 def compare_unet(model: StableDiffusion, inputs: Inputs, context: Tensor, bound: float, repeats: int) -> list[Row]:
@@ -203,7 +206,7 @@ def compare_scheduler(name: str, start: Tensor, bound: float) -> Row:
             worst, at = difference, i
         x = after
     note = f"{STEPS} steps" + (f", worst at step {at + 1}" if worst else "")
-    return Row(name, worst, max(bound, LMS_BOUND) if name == "lms" else bound, (seconds[0], seconds[1]), None, note)
+    return Row(name, worst, bound, (seconds[0], seconds[1]), None, note)
 
 
 # ---- two sources
@@ -229,36 +232,78 @@ def compare_sources(
     a, b     what `sd.load` takes; both stay in their files, tensor by tensor and block by block
     bound    largest relative difference of a tensor or a block's output that counts as none
     dtype    in which blocks are computed; tensors are compared as they are
-    Other arguments are those of `sd.load`; revision and variant are of both.
+    Other arguments are those of `sd.load`; they are of both sources, and stand before what these say themselves.
 
-    Where tensors are missing or of other shapes, blocks are not compared, and a note says so. Raises LoadError
-    and its kin for sources that cannot be read.
+    Tokenizers, configurations and picture sizes that differ are named too, and the two are not the same then;
+    a source that tells none, as a .ckpt, takes the other's tokenizer and size. Where tensors are missing or of
+    other shapes, blocks are not compared, and a note says so. Raises LoadError and its kin for sources that
+    cannot be read.
     """
     check_dtype(dtype)
+    settings = read_config(config)
     first, second = (find(s, revision=revision, token=token, variant=variant) for s in (a, b))
     refuse_other_kinds(first)
     refuse_other_kinds(second)
     report = Report(f"A: {first.name} ({first.kind})\nB: {second.name} ({second.kind})", ("A", "B"))
     report.changes = list(compare_tensors(first, second, bound))
     report.tensors = sum(len(first.parts[part].keys() | second.parts[part].keys()) for part in PARTS)
+    if tokenizer is None and other_tokenizers(first, second):
+        report.differences.append("The tokenizers differ; both text encoders are given A's tokens.")
+    if first.size and second.size and first.size != second.size:
+        report.differences.append(f"The sizes of a picture differ: {first.size} and {second.size} pixels.")
     if any(change.kind != "value" for change in report.changes):
         report.notes.append("The blocks are not compared, for the two do not have the same tensors.")
         return report
-    if first.tokenizer and second.tokenizer and first.tokenizer != second.tokenizer:
-        report.notes.append("The tokenizers differ; both text encoders are given A's tokens.")
     texts = first.tokenizer or second.tokenizer if tokenizer is None else None
-    aim, settings = (torch.device("cpu"), dtype), read_config(config)
     try:
         texts = texts or tokenizer_texts(first, tokenizer, token)
-        models = [build(found, settings, texts, lazy=aim) for found in (first, second)]
     except LoadError as error:
+        if tokenizer is not None:
+            raise
         report.notes.append(f"The blocks are not compared: {error}")
         return report
-    if models[0].unet.config != models[1].unet.config or models[0].vae.config != models[1].vae.config:
-        report.notes.append("The configurations differ, in what the shapes of tensors do not tell.")
+    models = []
+    try:
+        for found in (first, second):
+            models.append(build(found, settings, texts, lazy=(torch.device("cpu"), dtype)))
+    except LoadError as error:
+        # Where A is a model, or their files say other things, it is a difference that B is none.
+        apart = models or first.configs != second.configs
+        (report.differences if apart else report.notes).append(f"The blocks are not compared: {error}")
+        return report
+    report.differences += other_configs(*models)
     size = first.size or second.size if size is None else size  # a .ckpt does not tell
     report.rows = compare_outputs(models[0], models[1], size, prompt, bound)
     return report
+
+
+def other_tokenizers(a: Source, b: Source) -> bool:
+    """Whether both bring a tokenizer, and not the same: by what the files say, not by how they are written."""
+
+    def meaning(texts: dict[str, str]) -> Any:
+        merges = [line.strip() for line in texts["merges.txt"].split("\n")[1:] if line.strip()]  # the head: a version
+        try:
+            return json.loads(texts["vocab.json"]), merges
+        except (ValueError, RecursionError):
+            return texts
+
+    if a.tokenizer is None or b.tokenizer is None:
+        return False
+    return a.tokenizer != b.tokenizer and meaning(a.tokenizer) != meaning(b.tokenizer)
+
+
+def other_configs(a: StableDiffusion, b: StableDiffusion) -> list[str]:
+    """A sentence for each part whose configuration differs, in what the shapes of tensors do not tell."""
+
+    def values(config: Any) -> dict[str, Any]:
+        return {name: sorted(v) if name == "attention_resolutions" else v for name, v in asdict(config).items()}
+
+    sentences = []
+    for part, name in PARTS.items():
+        ours, theirs = (values(getattr(model, part).config) for model in (a, b))
+        if apart := [f"{key} = {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+            sentences.append(f"The configurations of the {name} differ: {', '.join(apart)}.")
+    return sentences
 
 
 def compare_tensors(a: Source, b: Source, bound: float) -> Iterator[Change]:
@@ -333,12 +378,13 @@ def compare_command(args: Any) -> Report:
     if args.other:
         if args.ema or args.device != "cpu":
             raise CompareError("Two sources are compared on the CPU, and not by their EMA weights.")
-        bound = args.bound or 0.0
-        return compare_sources(args.source, args.other, size=args.size, dtype=dtype, bound=bound, **options)
+        return compare_sources(
+            args.source, args.other, size=args.size, dtype=dtype, bound=args.bound or 0.0, **options
+        )
     reference.diffusers()  # before gigabytes are read
     if args.random:
         model = reference.random_model_of(args.random, dtype).to(args.device)
     else:
         model = load(args.source or "shapes", device=args.device, dtype=dtype, ema=args.ema, **options)
-    what = args.only or WHAT
-    return compare_with_diffusers(model, size=args.size, what=what, bound=args.bound, repeats=args.repeats)
+    what, repeats = args.only or WHAT, 1 if args.repeats is None else args.repeats
+    return compare_with_diffusers(model, size=args.size, what=what, bound=args.bound, repeats=repeats)

@@ -31,6 +31,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)  # in the order in which a picture is made
     changes: list[Change] | None = None  # of two sources; None against diffusers
     tensors: int = 0  # that were compared
+    differences: list[str] = field(default_factory=list)  # of two sources in what is no tensor: sentences
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -40,7 +41,7 @@ class Report:
 
     @property
     def same(self) -> bool:
-        return self.first_over is None and not self.changes
+        return self.first_over is None and not self.changes and not self.differences
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -68,6 +69,7 @@ def format_report(report: Report, most: int = 20) -> str:
     lines = [report.title]
     if report.changes is not None:
         lines += format_changes(report, most)
+    lines += ["", *report.differences] if report.differences else []
     if report.rows:
         lines += ["", *format_rows(report)]
     lines += ["", *report.notes] if report.notes else []
@@ -102,14 +104,14 @@ def format_rows(report: Report) -> list[str]:
         if row.peak:
             line += f" {row.peak[0] / 1e6:11.1f} {row.peak[1] / 1e6:12.1f}"
         line += f"  {row.note}" if row.note else ""
-        over = f"  over {row.bound:.0e}" if row.bound else "  differs"
+        over = f"  over {row.bound:g}" if row.bound else "  differs"
         lines.append(line + (over if row.over else ""))
     first = report.first_over
     bounds = sorted({row.bound for row in report.rows})
-    below = " or ".join(f"{bound:.0e}" if bound else "0" for bound in bounds)
+    below = " or ".join(f"{bound:g}" for bound in bounds)
     if first is None:
         lines += ["", f"No block is over its bound ({below})." if any(bounds) else "Every block gives the same."]
     else:
-        what = f"over its bound ({first.difference:.1e}, bound {first.bound:.0e})" if first.bound else "that differs"
+        what = f"over its bound ({first.difference:.1e}, bound {first.bound:g})" if first.bound else "that differs"
         lines += ["", f"The first block {what}: {first.name}"]
     return lines

@@ -94,10 +94,13 @@ def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False,
 
     diffusers_unet(model).save_config(folder / "unet")
     diffusers_vae(model).save_config(folder / "vae")
-    PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_config(folder / "scheduler")
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    schedule |= {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+    PNDMScheduler.from_config(schedule).save_config(folder / "scheduler")
     model.text.model.config.architectures = ["CLIPTextModel"]
     model.text.model.config.save_pretrained(folder / "text_encoder")
-    write_tokenizer(folder / "tokenizer")
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (write_tokenizer(folder / "tokenizer") / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}
     index = {"_class_name": "StableDiffusionPipeline"} | {k: ["diffusers", v] for k, v in parts.items()}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}

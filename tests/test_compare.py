@@ -18,7 +18,7 @@ from sd import cli, reference
 from sd.compare import WHAT, compare_sources, compare_with_diffusers
 from sd.measure import Peak, pair, relative, weights_on_use, wrapped
 from sd.report import format_report
-from tests.layouts import compvis_tensors, make_model, write_ckpt
+from tests.layouts import compvis_tensors, make_model, write_ckpt, write_tokenizer
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
 
@@ -128,6 +128,19 @@ def test_bounds_sizes_and_parts(double):
     assert report.rows[0].name == "unet.time_embed"
     assert report.first_over is None  # bit-identical on the CPU
     assert "float32, 72 x 72" in report.title
+
+
+@needs_diffusers
+def test_a_bound_that_is_given_is_that_of_lms_too(double):
+    rows = compare_with_diffusers(double, what=["schedulers"], bound=0.0).rows
+    assert [row.name for row in rows if row.over][-1] == "lms"
+    assert {row.bound for row in rows} == {0.0}
+
+
+@needs_diffusers
+def test_parts_that_are_not_asked_for_are_not_measured(double, monkeypatch):
+    monkeypatch.setattr(type(double.text), "encode", lambda self, prompts: pytest.fail("the text was encoded"))
+    assert compare_with_diffusers(double, what=["vae"]).rows[-1].name == "vae.decoder (whole)"
 
 
 @needs_diffusers
@@ -242,6 +255,71 @@ def test_other_forms_and_dtypes(two, tmp_path):
     assert compare_sources(two[0], tmp_path / "half.safetensors", bound=5e-3).same
 
 
+def saved(model, path, change=lambda ours: None):
+    """A self-contained file whose metadata are changed."""
+    sd.save(model, path)
+    file = sd.checkpoint.read(path)
+    ours = json.loads(file.metadata["sd"])
+    change(ours)
+    sd.checkpoint.write_safetensors(path, file.tensors, {"format": "pt", "sd": json.dumps(ours)})
+    return path
+
+
+def other_merges(ours):
+    ours["tokenizer"]["merges.txt"] = ours["tokenizer"]["merges.txt"].replace("st ar</w>\n", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (other_merges, "The tokenizers differ; both text encoders are given A's tokens."),
+        (lambda ours: ours.update(image_size=72), "The sizes of a picture differ: 64 and 72 pixels."),
+        (
+            lambda ours: ours["config"]["unet"].update(num_heads=4),
+            "The configurations of the UNet differ: num_heads = 8 and 4.",
+        ),
+        (
+            lambda ours: ours["config"]["vae"].update(scale_factor=0.2),
+            "The configurations of the VAE differ: scale_factor = 0.18215 and 0.2.",
+        ),
+        (
+            lambda ours: ours["config"]["text"].update(hidden_act="gelu"),
+            "The configurations of the text encoder differ: hidden_act = quick_gelu and gelu.",
+        ),
+        (lambda ours: ours["config"]["unet"].update(num_heads=5), "cannot be split by num_heads = 5"),
+    ],
+)
+def test_other_tokenizers_and_configurations_are_a_difference(change, sentence, two, tmp_path, capsys):
+    """Even where a bound lets every block pass."""
+    path = saved(sd.load(two[0]), tmp_path / "c.safetensors", change)
+    code, out, _ = artist("compare", two[0], path, "--bound", "100", "--json", tmp_path / "r.json", capsys=capsys)
+    assert code == 1
+    assert sentence in out
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["same"] is False
+    assert len(written["differences"]) == 1
+    assert written["changes"] == []
+
+
+def test_what_is_only_written_otherwise_is_no_difference(two, tmp_path):
+    def change(ours):
+        texts = ours["tokenizer"]
+        texts["vocab.json"] = json.dumps(json.loads(texts["vocab.json"]), indent=1)
+        texts["merges.txt"] = texts["merges.txt"].replace("#version: 0.2", "#version: 0.3") + "\n"
+        ours["config"]["unet"]["attention_resolutions"].reverse()
+
+    report = compare_sources(two[0], saved(sd.load(two[0]), tmp_path / "c.safetensors", change))
+    assert report.same
+    assert report.differences == []
+
+
+def test_a_tokenizer_that_is_given_is_that_of_both(two, tmp_path):
+    path = saved(sd.load(two[0]), tmp_path / "c.safetensors", other_merges)
+    assert compare_sources(two[0], path, tokenizer=write_tokenizer(tmp_path / "clip")).same
+    with pytest.raises(sd.LoadError, match=r"tokenizer folder .* cannot be read"):
+        compare_sources(two[0], path, tokenizer=tmp_path / "nowhere")
+
+
 def test_sources_of_other_shapes(two):
     report = compare_sources(two[0], "shapes")
     assert {c.kind for c in report.changes} >= {"shape", "missing in A", "missing in B"}
@@ -304,6 +382,13 @@ def test_command_on_two_sources(two, capsys, tmp_path):
         (["nowhere.ckpt"], "There is no file or folder nowhere.ckpt"),
         (["shapes", "nowhere.ckpt"], "There is no file or folder nowhere.ckpt"),
         (["shapes", "shapes", "--only", "unet"], "--only is for the comparison with diffusers"),
+        (["shapes", "shapes", "--repeats", "2"], "--repeats is for the comparison with diffusers"),
+        (["--random", "small", "--config", "c.json"], "--config is of a source"),
+        (["--random", "small", "--tokenizer", "."], "--tokenizer is of a source"),
+        (["--random", "small", "--ema"], "--ema is of a source"),
+        (["--random", "small", "--hub-variant", "fp16"], "--hub-variant is of a source"),
+        (["shapes", "shapes", "--json", "nowhere/r.json"], "there is no folder nowhere; make it first"),
+        (["shapes", "shapes", "--json", "."], "it is a folder; name a file"),
         (["shapes", "shapes", "--ema"], "not by their EMA weights"),
     ],
 )
