@@ -111,12 +111,12 @@ def describe(
     dtype          in which bytes are counted; the source's own if not given, float16 where there is no source
     config, where  as for `load`: sizes that a file does not tell; revision, variant, token
 
-    Raises LoadError for what `load` would refuse by its sizes.
+    Raises LoadError for what `load` would refuse by its sizes, and for config or where without a source to read.
     """
     name, size, sizes, own = _sizes(source, read_config(config), where)
     unet_config, vae_config, text_config = sizes
     f = vae_config.downsampling
-    height, width = height or size, width or size
+    height, width = size if height is None else height, size if width is None else width
     if height % f or width % f or min(height, width) < f:
         raise LoadError(f"{width} x {height} pixels cannot be drawn: both must be multiples of {f}.")
     dtype = dtype or own
@@ -143,6 +143,8 @@ def _sizes(
     source: Any, config: Mapping[str, Any], where: dict[str, Any]
 ) -> tuple[str, int, tuple[UNetConfig, VAEConfig, TextConfig], torch.dtype]:
     """Name, side in pixels, configs, and dtype of a source."""
+    if (source is None or isinstance(source, StableDiffusion)) and (config or any(v for v in where.values())):
+        raise LoadError("config, revision and variant are of a file, folder or repository: give a source with them.")
     if isinstance(source, StableDiffusion):
         return source.name, source.size, (source.unet.config, source.vae.config, source.text.config), source.dtype
     if source is None:

@@ -21,7 +21,7 @@ from .attention import Attention
 from .calls import Calls, find_word, model_of, words
 
 Index = int | Iterable[int] | None  # one, several, or all
-ROWS = 4096  # queries whose probabilities are computed at once
+SCORES = 1 << 22  # probabilities that are computed at once: 16 MB in float32
 
 
 class AttentionMaps:
@@ -31,8 +31,9 @@ class AttentionMaps:
     prompts     one text a picture; to be set by hand where embeddings were passed to the sampler
     """
 
-    def __init__(self, calls: Calls, heads: bool, steps: bool, side: int, half: str):
+    def __init__(self, calls: Calls, heads: bool, steps: bool, side: int, half: str, cells: int | None = None):
         self._calls, self._heads, self._steps, self._side, self._half = calls, heads, steps, side, half
+        self._cells = cells
         self._run = 0
         # layer -> step (0 where steps are not kept) -> (images, heads or 1, queries, keys), and how many were added
         self._sums: dict[str, dict[int, Tensor]] = {}
@@ -184,16 +185,15 @@ class AttentionMaps:
         calls, cross = self._calls, layer.endswith("attn2")
         if self._run != calls.run:
             self._run, self._sums, self._counts, self._grids = calls.run, {}, {}, {}
-        rows = calls.cond(len(q)) if self._half == "cond" else calls.uncond(len(q))
-        q, k = q[rows], k[rows]
+        if not calls.shared(len(q)):  # else they are those of either half
+            rows = calls.cond(len(q)) if self._half == "cond" else calls.uncond(len(q))
+            q, k = q[rows], k[rows]
         if not len(q):
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
         h, w = grid_of(q.shape[2], *calls.size)
-        if cross:
-            cells, grid = None, (h, w)
-        else:
-            cells, grid = cells_of(h, w, self._side, q.device)
+        side = self._side if not cross else self._cells or max(h, w)
+        cells, grid = cells_of(h, w, side, q.device)
         step = calls.step if self._steps else 0
         sums = self._sums.setdefault(layer, {})
         shape = (
@@ -207,28 +207,34 @@ class AttentionMaps:
         counts = self._counts.setdefault(layer, {})
         counts[step] = counts.get(step, 0) + 1
         self._grids[layer] = grid
-        heads = max(1, min(q.shape[1], ROWS // q.shape[2]))
+        queries = max(1, min(q.shape[2], SCORES // k.shape[2]))
+        heads = max(1, min(q.shape[1], SCORES // (queries * k.shape[2])))
         for total, q_image, k_image in zip(sums[step], q.to(dtype), k.to(dtype), strict=True):
             for a in range(0, q.shape[1], heads):  # few heads, and few queries, at a time
                 of = slice(a, a + heads)
                 target = total[of] if self._heads else total
                 share = 1.0 if self._heads else 1 / q.shape[1]
-                for b in range(0, q.shape[2], ROWS):
-                    _add(target, q_image[of, b : b + ROWS], k_image[of], share, b, cells)
+                for b in range(0, q.shape[2], queries):
+                    _add(target, q_image[of, b : b + queries], k_image[of], share, b, cells, gather=not cross)
 
 
-def _add(target: Tensor, q: Tensor, k: Tensor, share: float, start: int, cells: Tensor | None) -> None:
-    """target (heads or 1, queries, keys) += share x softmax(q k^T / sqrt(D)), from the query `start` on."""
-    probs = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (heads, queries, keys)
+def _add(target: Tensor, q: Tensor, k: Tensor, share: float, start: int, cells: Tensor, gather: bool) -> None:
+    """target (heads or 1, cells, keys) += share x softmax(q k^T / sqrt(D)), from the query `start` on.
+
+    A cell has the mean over its queries. gather: keys are positions, too, and a cell has the sum over its keys.
+    """
+    probs = (q * q.shape[-1] ** -0.5) @ k.mT  # (heads, queries, keys)
+    torch.softmax(probs, -1, out=probs)
     if len(target) != len(probs):
         probs = probs.sum(0, keepdim=True)
-    if cells is None:
+    if target.shape[1] == len(cells):  # each query its own
         target[:, start : start + probs.shape[1]].add_(probs, alpha=share)
         return
-    keys = probs.new_zeros(*probs.shape[:2], target.shape[2]).index_add_(2, cells, probs)
+    if gather:
+        probs = probs.new_zeros(*probs.shape[:2], target.shape[2]).index_add_(2, cells, probs)
     here = cells[start : start + probs.shape[1]]
     sizes = torch.bincount(cells, minlength=target.shape[1]).to(probs.dtype)
-    target.index_add_(1, here, keys / sizes[here][:, None], alpha=share)  # the mean over a cell's queries
+    target.index_add_(1, here, probs.div_(sizes[here][:, None]), alpha=share)
 
 
 def grid_of(positions: int, h: int, w: int) -> tuple[int, int]:
@@ -252,14 +258,41 @@ def _indices(index: int | Iterable[int]) -> list[int]:
     return [index] if isinstance(index, int) else list(index)
 
 
+Look = Callable[[Tensor, Tensor], None]  # q (B, heads, T, D), k (B, heads, S, D)
+Change = Callable[[Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]  # probabilities (B, heads, T, S); q, k, v
+
+
+class Around:
+    """An attention with instruments around it: `looks` see what goes in, `changes` act on the probabilities.
+
+    All instruments on a module share one, so that each acts whatever the others do, and in whatever order they came.
+    """
+
+    def __init__(self, inner: Attention, looks: tuple[Look, ...] = (), changes: tuple[Change, ...] = ()):
+        self.inner, self.looks, self.changes = inner, looks, changes
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for look in self.looks:
+            look(q, k)  # first: some attentions write their result over q
+        if not self.changes:
+            return self.inner(q, k, v)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        probs = changed = torch.softmax(q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5, dim=-1)
+        for change in self.changes:
+            changed = change(changed, (q, k, v))
+        return self.inner(q, k, v) if changed is probs else (changed @ v.to(dtype)).to(q.dtype)
+
+
 @contextmanager
-def around_attention(module: Any, wrap: Callable[[Attention], Attention]) -> Iterator[None]:
-    """Within the block, what computes an attention is wrapped, whatever it is at the time of each call."""
+def around_attention(module: Any, *, look: Look | None = None, changes: Iterable[Change] = ()) -> Iterator[None]:
+    """Within the block, instruments are around an attention, whatever computes it at the time of each call."""
     inner: list[Attention] = []
 
     def before(m: Any, args: Any) -> None:
         inner.append(m.attend)
-        m.attend = wrap(m.attend)
+        around = m.attend if isinstance(m.attend, Around) else Around(m.attend)
+        looks = around.looks + ((look,) if look else ())
+        m.attend = Around(around.inner, looks, (*around.changes, *changes))
 
     def after(m: Any, args: Any, out: Any) -> None:
         if inner:
@@ -285,6 +318,7 @@ def attention_maps(
     heads: bool = True,
     steps: bool = False,
     half: str = "cond",
+    cells: int | None = None,
 ) -> Iterator[AttentionMaps]:
     """Within the block, collect the UNet's attention: `with attention_maps(model) as maps: sampler(...)`.
 
@@ -292,8 +326,9 @@ def attention_maps(
     self_attention   the UNet's self-attention too, on a grid of at most 16 x 16 (or so many as the number given):
                      a coarser cell's attention is the mean over its queries, and the sum over its keys
     heads, steps     keep each head, or each step, apart; else means are kept. At 512 x 512, for Stable Diffusion v1
-                     and one picture, that is 8 MB, times 8 with heads, times the number of steps with steps
+                     and one picture, cross-attention is 8 MB, times 8 with heads, times the steps with steps
     half             of guidance: "cond", what the prompt does, or "uncond", what the negative prompt does
+    cells            cross-attention, too, on a grid of at most so many cells along an edge; else on the layer's own
 
     Pictures are the same to the last bit. The maps are those of the sampler's last call. Float32, or float64 where
     the model is. Raises ValueError for other arguments, or where a picture is cut into rows (`ParallelSampler`).
@@ -304,27 +339,25 @@ def attention_maps(
     side = 16 if self_attention is True else int(self_attention)
     if side < 0:
         raise ValueError(f"self_attention must be True, False, or the side of a grid, not {self_attention!r}.")
+    if cells is not None and cells < 1:
+        raise ValueError(f"cells must be at least 1, not {cells}: it is the longer edge of a grid.")
     calls = Calls(model)
-    maps = AttentionMaps(calls, heads, steps, side, half)
+    maps = AttentionMaps(calls, heads, steps, side, half, cells)
 
-    def recorder(name: str) -> Callable[[Attention], Attention]:
-        def wrap(inner: Attention) -> Attention:
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                with torch.no_grad():
-                    maps._record(name, q.detach(), k.detach())  # first: some write their result over q
-                return inner(q, k, v)
+    def recorder(name: str) -> Look:
+        def look(q: Tensor, k: Tensor) -> None:
+            with torch.no_grad():
+                maps._record(name, q.detach(), k.detach())
 
-            return attend
-
-        return wrap
+        return look
 
     with calls.watch(), ExitStack() as stack:
         for name, module in attentions(model.unet):
             if side or name.endswith("attn2"):
-                stack.enter_context(around_attention(module, recorder(name)))
+                stack.enter_context(around_attention(module, look=recorder(name)))
         yield maps
 
 
-def attentions(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def attentions(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """All modules that attend, by name."""
-    return [(prefix + name, m) for name, m in module.named_modules() if hasattr(m, "attend")]
+    return [(name, m) for name, m in module.named_modules() if hasattr(m, "attend")]

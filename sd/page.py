@@ -9,10 +9,11 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,43 +23,61 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from . import __version__
 from .calls import Calls, model_of, token_ids
 from .describe import describe
 from .image import to_pil
 from .maps import AttentionMaps, attention_maps
+from .scheduler import V1, Scheduler
 from .study import Trace, to_rgb, trace
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SIDE = 32  # maps and activations are averaged to at most this many cells along an edge
-BUDGET = 5_000_000  # bytes of attention maps: with more steps or words, every second step is kept, or fewer
+BUDGET = 15_000_000  # bytes of a page: where every step would take more, every second is shown, or fewer
+MARGIN = 500_000  # of these, for what does not grow with the steps that are shown, but for the picture
 CHANNELS = 4  # of each block's activation: those that differ most from place to place
 CHEAP = 50e9  # FLOPs of a VAE that may decode every step
 
 
-def study_page(sampler: Any, prompt: str, **call: Any) -> tuple[str, Trace]:
-    """Draw one picture, and return the page about it, HTML of 1 to 12 MB, and the trace.
+def study_page(
+    sampler: Any, prompt: str, *, progress: Callable[..., Any] | None = None, **call: Any
+) -> tuple[str, Trace]:
+    """Draw one picture, and return the page about it, HTML, and the trace.
 
-    Arguments are the sampler's. Raises ValueError as it does, and where more than one picture is asked for.
+    The page takes at most 15 MB, whatever the number of steps, as long as one step and the picture fit: where not
+    every step does, it shows every second, third, ... to the last; its charts have all of them.
+
+    Arguments are the sampler's; progress as for `trace`. Raises ValueError as the sampler does, and where more than
+    one picture is asked for.
     """
     if not isinstance(prompt, str) or call.get("num_images_per_prompt", 1) != 1:
         raise ValueError("A page shows one picture of one prompt: give a text, and num_images_per_prompt=1.")
     model = model_of(sampler)
-    with attention_maps(model, heads=False, steps=True) as maps, _activations(model) as seen:
-        record = trace(sampler, prompt, **call)
+    with attention_maps(model, heads=False, steps=True, cells=SIDE) as maps, _activations(model) as seen:
+        record = trace(sampler, prompt, progress=progress, **call)
     (picture,) = sampler.decode(record.latents.to(model.device))
     height, width = record.settings["height"], record.settings["width"]
     parts = describe(model, height=height, width=width)
+    uri = _uri(picture)
+    steps = _steps(
+        sampler,
+        record,
+        exact=parts.whole("VAE decoder").flops < CHEAP,
+        others=_map_bytes(maps, model) + sum(map(_frame_bytes, seen.values())),
+        budget=BUDGET - MARGIN - len(uri),
+    )
+    shown = [step["index"] for step in steps]
+    variant = type(sampler).__name__.removesuffix("Sampler").lower()
     data = {
         "prompt": prompt,
-        "settings": record.settings | {"version": __version__, "dtype": str(model.dtype).removeprefix("torch.")},
+        "settings": record.settings | {"variant": variant},
         "size": [height, width],
-        "picture": _uri(picture),
-        "steps": _steps(sampler, record, exact=parts.whole("VAE decoder").flops < CHEAP),
+        "picture": uri,
+        "times": record.timesteps.tolist(),
+        "steps": steps,
         "norms": {kind: [round(x, 5) for x in v[:, 0].tolist()] for kind, v in record.norms.items()},
         "angle": None if record.angle is None else [round(x, 4) for x in record.angle[:, 0].tolist()],
         "schedule": _schedule(sampler, call),
-        "maps": _maps(maps, model),
+        "maps": _maps(maps, model, shown),
         "blocks": [
             {
                 "name": b.name,
@@ -67,17 +86,27 @@ def study_page(sampler: Any, prompt: str, **call: Any) -> tuple[str, Trace]:
                 "parameters": b.parameters,
                 "flops": b.flops,
             }
-            | seen.get(b.name, {})
+            | _activation(seen.get(b.name, {}), shown)
             for b in parts.table("UNet")
         ],
     }
     text = (
-        json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        json.dumps(_nulls(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         .replace("</", "<\\/")
         .replace("<!--", "<\\u0021--")
     )
-    page = TEMPLATE.read_text(encoding="utf-8")
-    return page.replace("{{title}}", html.escape(prompt or "study")).replace("{{data}}", text), record
+    head, rest = TEMPLATE.read_text(encoding="utf-8").split("{{title}}")  # apart first: a prompt may have such marks
+    middle, foot = rest.split("{{data}}")
+    return head + html.escape(prompt or "study") + middle + text + foot, record
+
+
+def _nulls(data: Any) -> Any:
+    """The same, with null for numbers that JSON has not: infinity and NaN."""
+    if isinstance(data, dict):
+        return {key: _nulls(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_nulls(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def refuse_existing(paths: Iterable[Path], force: bool) -> None:
@@ -114,12 +143,15 @@ def _uri(image: Image.Image) -> str:
 
 def _packed(values: Tensor) -> str:
     """Numbers from 0 to 1 as bytes, in base64."""
-    array = (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous().numpy()
+    array = (values.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous().numpy()
     return base64.b64encode(array.tobytes()).decode()
 
 
-def _steps(sampler: Any, record: Trace, exact: bool) -> list[dict[str, Any]]:
-    """The pictures of each step: x0 by the VAE where that is cheap, else by the matrix, and x and noise by that."""
+def _steps(sampler: Any, record: Trace, exact: bool, others: float, budget: float) -> list[dict[str, Any]]:
+    """The pictures of the steps that are shown: x0 by the VAE where that is cheap; the others by the matrix.
+
+    As many steps as fit into `budget` bytes, evenly to the last; `others` is what a step takes beside its pictures.
+    """
 
     def rough(latents: Tensor, scaled: bool) -> str:
         rgb = record.rgb.clone()
@@ -128,22 +160,42 @@ def _steps(sampler: Any, record: Trace, exact: bool) -> list[dict[str, Any]]:
             rgb[-1] = 0.5
         return _uri(to_pil(to_rgb(latents[None], rgb))[0])
 
-    clean = []
-    for x0 in record.x0[:, 0]:
+    def clean(x0: Tensor) -> str:
         try:
-            clean.append(_uri(sampler.decode(x0[None].to(sampler.model.device))[0]) if exact else rough(x0, False))
+            return _uri(sampler.decode(x0[None].to(sampler.model.device))[0]) if exact else rough(x0, False)
         except ValueError:  # a preview that the VAE cannot take
-            clean.append(rough(x0, False))
-    return [
-        {"t": t, "x": rough(x, True), "noise": rough(noise, True), "x0": x0}
-        for t, x, noise, x0 in zip(record.timesteps.tolist(), record.x[:, 0], record.noise[:, 0], clean, strict=True)
-    ]
+            return rough(x0, False)
+
+    known: dict[int, dict[str, Any]] = {}
+
+    def taken(step: int) -> float:
+        if step not in known:
+            known[step] = {
+                "index": step,
+                "t": record.timesteps[step].item(),
+                "x": rough(record.x[step, 0], True),
+                "noise": rough(record.noise[step, 0], True),
+                "x0": clean(record.x0[step, 0]),
+            }
+        return others + sum(len(known[step][kind]) for kind in ("x", "noise", "x0"))
+
+    count = len(record.timesteps)
+    largest = max(map(taken, {0, count // 2, count - 1}))  # first by three of them; pictures differ in size
+    stride = max(1, math.ceil(largest * count / max(budget, 1)))
+    while stride < count and sum(map(taken, _shown(count, stride))) > budget:
+        stride += 1
+    shown = _shown(count, stride)
+    for step in shown:
+        taken(step)
+    return [known[step] for step in shown]
+
+
+def _shown(count: int, stride: int) -> list[int]:
+    return list(range(count - 1, -1, -stride))[::-1]
 
 
 def _schedule(sampler: Any, call: dict[str, Any]) -> dict[str, list[float]]:
     """How much of x_t is signal, and how much noise, at 101 of the 1000 timesteps."""
-    from .scheduler import V1, Scheduler
-
     scheduler = call.get("scheduler")
     abar = (scheduler.schedule if isinstance(scheduler, Scheduler) else V1).alphas_cumprod.double()
     t = torch.linspace(0, len(abar) - 1, 101).round().long()
@@ -154,31 +206,36 @@ def _schedule(sampler: Any, call: dict[str, Any]) -> dict[str, list[float]]:
 # ---- which word acts where
 
 
-def _maps(maps: AttentionMaps, model: Any) -> dict[str, Any]:
-    """Each layer's map of each word at each step, as bytes, with the largest value of each word in each layer."""
+def _words(maps: AttentionMaps, model: Any) -> list[dict[str, Any]]:
+    """The words of the prompt, and what stands around it, with the positions of their tokens."""
     assert maps.prompts is not None
-    ids = token_ids(model.text, maps.prompts[0])
-    end = len(ids) - 1
+    end = len(token_ids(model.text, maps.prompts[0])) - 1
     words: list[dict[str, Any]] = [{"text": text, "tokens": tokens} for text, tokens in maps.words()]
-    words += [{"text": "start", "tokens": [0]}, {"text": "end", "tokens": list(range(end, 77))}]
-    sizes = {layer: _fit(*maps.grid(layer)) for layer in maps.layers}
-    cells = len(words) * sum(h * w for h, w in sizes.values())
-    count = len(maps._sums[maps.layers[0]])
-    stride = max(1, -(-cells * count // BUDGET))
-    steps = list(range(count - 1, -1, -stride))[::-1]
+    length = model.text.config.max_position_embeddings
+    return [*words, {"text": "start", "tokens": [0]}, {"text": "end", "tokens": list(range(end, length))}]
+
+
+def _map_bytes(maps: AttentionMaps, model: Any) -> float:
+    """What the maps of one step take in the page: a byte a value, in base64."""
+    return 4 / 3 * len(_words(maps, model)) * sum(math.prod(maps.grid(layer)) for layer in maps.layers)
+
+
+def _maps(maps: AttentionMaps, model: Any, steps: list[int]) -> dict[str, Any]:
+    """Each layer's map of each word at these steps, as bytes, with the largest value of each word in each layer."""
+    words = _words(maps, model)
     layers = []
-    for layer, size in sizes.items():
+    for layer in maps.layers:
         frames = []
         for step in steps:
-            rows = maps.probabilities(layer, step=step)[0].float()  # (queries, 77)
-            each = torch.stack([rows[:, w["tokens"]].sum(-1) for w in words]).view(len(words), 1, *maps.grid(layer))
-            frames.append(F.adaptive_avg_pool2d(each, size)[:, 0])
+            rows = maps.probabilities(layer, step=step)[0].float()  # (places, tokens)
+            each = torch.stack([rows[:, w["tokens"]].sum(-1) for w in words])
+            frames.append(each.view(len(words), *maps.grid(layer)))
         every = torch.stack(frames)  # (steps, words, h, w)
         top = every.amax((0, 2, 3)).clamp(min=1e-12)
         layers.append(
             {
                 "name": layer.removesuffix(".attn2"),
-                "grid": size,
+                "grid": maps.grid(layer),
                 "max": [float(f"{x:.4g}") for x in top.tolist()],
                 "data": _packed(every / top[:, None, None]),
             }
@@ -237,12 +294,25 @@ def _activations(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
     for name, times in seconds.items():
         found[name] = {"ms": round(1000 * sorted(times)[len(times) // 2], 3)}
     for name, kept in frames.items():
-        every = torch.stack(kept)  # (steps, 1 + channels, h, w)
-        low, high = every.amin((2, 3), keepdim=True), every.amax((2, 3), keepdim=True)
-        found[name] |= {
-            "grid": list(every.shape[2:]),
-            "channels": chosen[name].tolist(),
-            "low": [[float(f"{x:.4g}") for x in row] for row in low.flatten(1).tolist()],
-            "high": [[float(f"{x:.4g}") for x in row] for row in high.flatten(1).tolist()],
-            "data": _packed((every - low) / (high - low).clamp(min=1e-12)),
-        }
+        found[name] |= {"channels": chosen[name].tolist(), "frames": kept}
+
+
+def _frame_bytes(found: dict[str, Any]) -> float:
+    """What one step of a block's activation takes in the page: a byte a value, in base64, and low and high."""
+    return 4 / 3 * found["frames"][0].numel() + 40 * (1 + CHANNELS) if "frames" in found else 0
+
+
+def _activation(found: dict[str, Any], steps: list[int]) -> dict[str, Any]:
+    """A block's part of the page: the time it takes, and what it returns at these steps, as bytes."""
+    if "frames" not in found:
+        return found
+    every = torch.stack([found["frames"][step] for step in steps])  # (steps, 1 + channels, h, w)
+    low, high = every.amin((2, 3), keepdim=True), every.amax((2, 3), keepdim=True)
+    return {
+        "ms": found["ms"],
+        "channels": found["channels"],
+        "grid": list(every.shape[2:]),
+        "low": [[float(f"{x:.4g}") for x in row] for row in low.flatten(1).tolist()],
+        "high": [[float(f"{x:.4g}") for x in row] for row in high.flatten(1).tolist()],
+        "data": _packed((every - low) / (high - low).clamp(min=1e-12)),
+    }

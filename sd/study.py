@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import Attention
+from . import __version__
 from .calls import Calls, find_word, model_of
 from .checkpoint import read, write_safetensors
 from .image import to_pil
 from .loader import StableDiffusion
-from .maps import AttentionMaps, around_attention, attention_maps
+from .maps import AttentionMaps, Change, around_attention, attention_maps
 from .vae import VAE
 
 __all__ = ["AttentionMaps", "Here", "Trace", "attention_maps", "edit", "find_word", "latent_rgb", "names", "trace"]
@@ -42,13 +42,17 @@ __all__ = ["AttentionMaps", "Here", "Trace", "attention_maps", "edit", "find_wor
 
 @dataclass(frozen=True)
 class Here:
-    """Where an edit stands: what a function given to `edit` is told."""
+    """Where an edit stands: what a function given to `edit` is told.
+
+    Of what is computed outside a call of the UNet (the text encoder and the VAE, and the keys and values that
+    `LeanSampler` computes beforehand): step -1, timestep nan, cond all rows, uncond none, whatever the rows are told.
+    """
 
     name: str  # of the module
     module: nn.Module
     inputs: tuple[Any, ...]  # what the module was called with
-    step: int  # of the sampling, from 0
-    timestep: float
+    step: int  # of the sampling, from 0; -1 outside
+    timestep: float  # what the UNet was told
     cond: slice  # the rows of the output that are told what to draw
     uncond: slice  # the rows that are told the negative prompt
 
@@ -56,10 +60,11 @@ class Here:
 Edit = Callable[[Any, Here], Any]
 
 
-def names(model: Any, *, vae: bool = True, text: bool = True) -> dict[str, nn.Module]:
+def names(model: Any, pattern: str = "*", *, vae: bool = True, text: bool = True) -> dict[str, nn.Module]:
     """Every module that `edit` can reach, by name: those of the UNet as they are, "vae." and "text." before others.
 
-    The parts themselves are "unet", "vae" and "text". Attention probabilities come on top: `edit` says how.
+    The parts themselves are "unet", "vae" and "text". `pattern`, as of `edit`: only those that it is on; with
+    ".attend" at its end, the attentions whose probabilities it is on.
     """
     model = model_of(model)
     parts = {"unet": model.unet} | {name: m for name, m in model.unet.named_modules() if name}
@@ -68,7 +73,12 @@ def names(model: Any, *, vae: bool = True, text: bool = True) -> dict[str, nn.Mo
             parts |= {
                 f"{part}.{name.removeprefix('text_model.')}".rstrip("."): m for name, m in root().named_modules()
             }
-    return parts
+    return _matching(parts, pattern)
+
+
+def _matching(known: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
+    stem, inside = pattern.removesuffix(".attend"), pattern.endswith(".attend")
+    return {n: m for n, m in known.items() if fnmatchcase(n, stem) and (not inside or hasattr(m, "attend"))}
 
 
 @contextmanager
@@ -86,43 +96,55 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
             multiplied with the values. Several functions on one module run in the order given.
 
     No hook is left behind, also after an exception. Raises ValueError for a name that there is not, a result of
-    another shape, and an output written into but not returned. Warns (UserWarning) of a function that never ran,
-    as one on a module that a sampler does without.
+    another shape, an output written into but not returned (not seen under torch.inference_mode), and where rows are
+    computed once for both halves of guidance, so that neither could be changed alone (`sd.fast`, up to the first
+    cross-attention). Warns (UserWarning) of a function that never ran, as one on a module that is done without.
     """
     model = model_of(model)
-    patterns = {pattern: pattern.removesuffix(".attend") for pattern in edits}
-    known = names(model, text=any(p.split(".")[0] == "text" for p in patterns))
+    known = names(model, text=any(p.split(".")[0] == "text" for p in edits))
     calls, ran = Calls(model), dict.fromkeys(edits, False)
 
     def apply(pattern: str, name: str, module: nn.Module, inputs: tuple[Any, ...], out: Any) -> Any:
         ran[pattern] = True
-        rows = len(out) if isinstance(out, Tensor) else 0
-        at = Here(name, module, inputs, calls.step, calls.timestep, calls.cond(rows), calls.uncond(rows))
+        at = Here(name, module, inputs, -1, float("nan"), slice(None), slice(0, 0))
+        if calls.inside or module is model.unet:  # whose own hooks come after it has been left
+            rows = len(out) if isinstance(out, Tensor) else 0
+            if isinstance(out, Tensor) and calls.shared(rows):
+                raise ValueError(
+                    f"{name} computes once what both halves of guidance have in common, as sd.fast has it, so the "
+                    f"edit {pattern!r} cannot tell them apart: use the textbook model, or guidance_scale=1."
+                )
+            at = Here(name, module, inputs, calls.step, calls.timestep, calls.cond(rows), calls.uncond(rows))
         given = out.clone() if isinstance(out, Tensor) else out
         result = edits[pattern](given, at)
         if result is None:
-            if isinstance(given, Tensor) and given._version:
+            # Tensors of inference mode keep no count of what was written.
+            if isinstance(given, Tensor) and not given.is_inference() and given._version:
                 raise ValueError(f"The edit {pattern!r} wrote into its output but returned nothing: return it.")
             return out
         if isinstance(out, Tensor) and (not isinstance(result, Tensor) or result.shape != out.shape):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise ValueError(f"The edit {pattern!r} must return {tuple(out.shape)}, as {name} does, not {got}.")
-        return result.to(out) if isinstance(out, Tensor) else result
+        # Not the caller's own tensor: some forwards go on in place, and would write into it.
+        return result.to(out, copy=result is not given) if isinstance(out, Tensor) else result
 
+    attends: dict[str, list[Change]] = {}
     with calls.watch(), ExitStack() as stack:
-        for pattern, stem in patterns.items():
-            inside = pattern.endswith(".attend")
-            found = [n for n, m in known.items() if fnmatchcase(n, stem) and (not inside or hasattr(m, "attend"))]
+        for pattern in edits:
+            stem, inside = pattern.removesuffix(".attend"), pattern.endswith(".attend")
+            found = _matching(known, pattern)
             if not found:
                 near = difflib.get_close_matches(stem, known, 3, 0.5)
                 hint = f"there are {', '.join(near)}" if near else "sd.study.names(model) lists them"
                 raise ValueError(f"No {'attention' if inside else 'module'} is called {stem!r}: {hint}.")
-            for name in found:
+            for name, module in found.items():
                 if inside:
-                    stack.enter_context(around_attention(known[name], _probabilities(apply, pattern, name, known)))
+                    attends.setdefault(name, []).append(_change(apply, pattern, name, module))
                 else:
                     hook = _output(apply, pattern, name)
-                    stack.callback(known[name].register_forward_hook(hook).remove)
+                    stack.callback(module.register_forward_hook(hook).remove)
+        for name, changes in attends.items():
+            stack.enter_context(around_attention(known[name], changes=changes))
         yield
     for pattern, did in ran.items():
         if not did:
@@ -133,19 +155,8 @@ def _output(apply: Callable[..., Any], pattern: str, name: str) -> Callable[...,
     return lambda module, inputs, out: apply(pattern, name, module, inputs, out)
 
 
-def _probabilities(
-    apply: Callable[..., Any], pattern: str, name: str, known: Mapping[str, nn.Module]
-) -> Callable[[Attention], Attention]:
-    def wrap(inner: Attention) -> Attention:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            probs = torch.softmax(q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5, dim=-1)  # (B, heads, T, S)
-            edited = apply(pattern, name, known[name], (q, k, v), probs)
-            return inner(q, k, v) if edited is probs else (edited @ v.to(dtype)).to(q.dtype)
-
-        return attend
-
-    return wrap
+def _change(apply: Callable[..., Any], pattern: str, name: str, module: nn.Module) -> Change:
+    return lambda probs, inputs: apply(pattern, name, module, inputs, probs)
 
 
 # ---- trace
@@ -220,8 +231,10 @@ class Trace:
 
 
 @torch.no_grad()
-def trace(sampler: Any, prompt: Any = None, **call: Any) -> Trace:
+def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | None = None, **call: Any) -> Trace:
     """Draw, and keep what every step knew. Arguments are those of the sampler, but for `output_type`.
+
+    progress: `tqdm`, or what is called like it, progress(steps, total=...), and gives the steps one by one.
 
     The tensors are the sampler's own, to the last bit; `sampler.decode(trace.latents)` is its picture. Memory: five
     latents a step and picture, 0.3 MB at 512 x 512. Raises ValueError as the sampler does.
@@ -239,7 +252,8 @@ def trace(sampler: Any, prompt: Any = None, **call: Any) -> Trace:
 
     handle = model.unet.register_forward_hook(note, with_kwargs=True)
     try:
-        for step in sampler.run(request):
+        steps = sampler.run(request)
+        for step in progress(steps, total=len(request.scheduler.timesteps)) if progress else steps:
             out = torch.cat(outputs)  # both halves of guidance, from one call or from two, the negative one first
             if len(out) != (images if request.negative is None else 2 * images):
                 raise ValueError("This sampler's UNet sees only a part of the pictures: trace a SimpleSampler.")
@@ -254,18 +268,22 @@ def trace(sampler: Any, prompt: Any = None, **call: Any) -> Trace:
     finally:
         handle.remove()
     scheduler = request.scheduler
+    negative = call.get("negative_prompt", "")
     settings = {
-        "prompt": prompt if isinstance(prompt, str | list) else None,
-        "negative_prompt": call.get("negative_prompt", "")
-        if isinstance(call.get("negative_prompt", ""), str)
-        else None,
+        "prompt": prompt if isinstance(prompt, str | list) else None,  # else embeddings
+        "negative_prompt": negative if isinstance(negative, str | list) else None,
         "guidance_scale": request.guidance_scale,
         "num_inference_steps": scheduler.num_inference_steps,
         "scheduler": type(scheduler).__name__.lower(),
+        "eta": scheduler.eta,
         "seeds": request.seeds,
+        "num_images_per_prompt": call.get("num_images_per_prompt", 1),
         "height": request.height,
         "width": request.width,
         "model": model.name,
+        "model_hash": model.hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "version": __version__,
     }
     return Trace(
         timesteps=torch.tensor(scheduler.timesteps, dtype=torch.float32),

@@ -87,6 +87,22 @@ def test_command(capsys):
     assert "There is no file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "{}"], "JSON|give a source"),
+        (["--revision", "main"], "give a source"),
+        (["--hub-variant", "fp16"], "give a source"),
+        (["--depth", "2"], "--tree"),
+        (["--tree", "--depth", "0"], "at least 1"),
+        (["--height", "0"], "multiples of 8"),
+    ],
+)
+def test_options_without_use_are_refused(options, message, capsys):
+    assert main(["describe", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_full_size_file(tmp_path, v1):
     path, _ = write_full_size(tmp_path)

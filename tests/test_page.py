@@ -13,7 +13,7 @@ import torch
 import sd
 from sd import study
 from sd.cli import main
-from sd.page import SIDE, study_page
+from sd.page import SIDE, _nulls, study_page
 from tests.browser import CHROMIUM, DRIVER, browser
 from tests.layouts import make_model
 
@@ -76,6 +76,41 @@ def test_a_prompt_cannot_leave_its_place(tiny):
     assert "<title>&lt;/script&gt;" in page
 
 
+@pytest.mark.parametrize("prompt", ["{{data}}", "{{title}} {{data}}"])
+def test_a_prompt_is_no_mark_of_the_template(tiny, prompt):
+    page, _ = study_page(sd.SimpleSampler(tiny), prompt, num_inference_steps=1)
+    assert data_of(page)["prompt"] == prompt
+    assert f"<title>{prompt}</title>" in page
+
+
+def test_json_has_no_nan():
+    assert _nulls({"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": "NaN"}) == {
+        "a": [None, 1.5, {"b": None}],
+        "c": "NaN",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "budget"), [(50, 400_000), (300, 400_000), (50, 15_000_000)])
+def test_size_is_bounded_in_steps(tiny, monkeypatch, steps, budget):
+    monkeypatch.setattr("sd.page.BUDGET", budget)
+    monkeypatch.setattr("sd.page.MARGIN", 150_000)
+    page, record = study_page(sd.SimpleSampler(tiny), "a red star", num_inference_steps=steps, scheduler="ddim")
+    data = data_of(page)
+    assert len(page) <= budget
+    shown = [step["index"] for step in data["steps"]]
+    assert shown[-1] == steps - 1
+    assert (len(shown) < steps) == (budget < 1_000_000)
+    assert len(set(np.diff(shown))) == 1  # evenly
+    assert data["maps"]["steps"] == shown
+    assert data["times"] == record.timesteps.tolist()
+    assert len(data["norms"]["x"]) == steps
+    layer, words = data["maps"]["layers"][0], data["maps"]["words"]
+    assert len(base64.b64decode(layer["data"])) == len(shown) * len(words) * layer["grid"][0] * layer["grid"][1]
+    block = next(b for b in data["blocks"] if b["name"] == "middle_block")
+    assert len(block["low"]) == len(shown)
+
+
 def test_without_guidance_and_not_square(tiny):
     page, _ = study_page(
         sd.SimpleSampler(tiny), "st", guidance_scale=1.0, num_inference_steps=2, height=72, width=520, scheduler="lms"
@@ -100,7 +135,11 @@ def test_command(tmp_path, capsys):
     assert "no folder" in capsys.readouterr().err
     lean = ["study", "a red star", "-o", out, "--force", "--steps", "2", "--variant", "lean"]
     assert main(lean) == 0
+    assert data_of((tmp_path / "r.html").read_text(encoding="utf-8"))["settings"]["variant"] == "lean"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "t.safetensors"]
+    twice = str(tmp_path / "." / "both.html")
+    assert main(["study", "a red star", "-o", str(tmp_path / "both.html"), "--trace", twice]) == 2
+    assert "cannot both be" in capsys.readouterr().err
 
 
 @in_browser
@@ -140,6 +179,13 @@ def test_in_chromium(report, tmp_path):
         bars = b.run("""return [...document.querySelectorAll("#words button")].map(e =>
             [e.dataset.word, +e.lastChild.style.transform.slice(7, -1)])""")
         assert max(bars[:-2], key=lambda bar: bar[1])[1] == 1
+        b.run("document.getElementById('stack').focus()")
+        for key in "\ue013\ue012" * 7:  # up and left, to the corner; the step stays
+            b.keys(key)
+        place = b.run("return document.getElementById('place').style.cssText.match(/[\\d.]+(?=%)/g)")
+        assert [round(float(x)) for x in place] == [6, 6]
+        assert b.run("return document.getElementById('placenote').textContent").count("%") == 3
+        assert b.run("return document.getElementById('step').value") == b.run("return String(step)")
         # a block shows what it returns, and follows the step
         b.click("[data-block=middle_block]")
         assert b.run("return document.getElementById('block').textContent").count("channel") == 5

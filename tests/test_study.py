@@ -334,8 +334,9 @@ def test_edit_every_part(tiny):
 def test_edited_probabilities(tiny):
     """Told to be what they are, they give the same picture; the maps show what they were before."""
     same = {"*.attn?.attend": lambda probs, at: probs}
+    wanted = draw(tiny)
     with study.edit(tiny, same):
-        torch.testing.assert_close(draw(tiny), draw(tiny), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(draw(tiny), wanted, atol=1e-5, rtol=1e-4)
 
     def blind(probs, at):
         probs[at.cond, :, :, study.find_word(tiny.text, "a red star", "star")] = 0
@@ -349,6 +350,136 @@ def test_edited_probabilities(tiny):
         both = draw(tiny, guidance_scale=1.0)
     with study.edit(tiny, {"*.attn2.attend": blind}):
         torch.testing.assert_close(draw(tiny, guidance_scale=1.0), both, atol=1e-5, rtol=1e-4)
+
+
+def test_all_edits_of_one_attention_run(tiny):
+    """In the order given, also from two blocks; and maps are recorded, whichever came first."""
+    seen = []
+
+    def zero(token):
+        def change(probs, at):
+            seen.append(token)
+            probs[..., token] = 0
+            return probs
+
+        return change
+
+    def both(probs, at):
+        probs[..., [3, 5]] = 0
+        return probs
+
+    name = "middle_block.1.transformer_blocks.0.attn2"
+    with study.edit(tiny, {f"{name}.attend": both}), study.attention_maps(tiny) as maps:
+        wanted = draw(tiny, num_inference_steps=1)
+    edits = {f"{name}.attend": zero(3), "middle_block.*.attn2.attend": zero(5)}
+    with study.attention_maps(tiny) as outside, study.edit(tiny, edits):
+        assert torch.equal(draw(tiny, num_inference_steps=1), wanted)
+    assert seen[:2] == [3, 5]
+    with study.edit(tiny, {f"{name}.attend": zero(3)}), study.edit(tiny, {f"{name}.attend": zero(5)}):
+        assert torch.equal(draw(tiny, num_inference_steps=1), wanted)
+    assert not torch.equal(wanted, draw(tiny, num_inference_steps=1))
+    assert maps.layers == outside.layers
+    assert torch.equal(maps.probabilities(name), outside.probabilities(name))
+
+
+def test_halves_that_fast_shares(tiny):
+    """What is computed once for both is a map of either, and cannot be edited for one."""
+    quick = sd.fast(tiny)
+    first = "input_blocks.1.1.transformer_blocks.0.attn1"
+    for half in ("cond", "uncond"):
+        with study.attention_maps(tiny, self_attention=True, half=half) as wanted:
+            draw(tiny, num_inference_steps=1)
+        with study.attention_maps(quick, self_attention=True, half=half) as maps:
+            draw(quick, num_inference_steps=1)
+        assert maps.layers == wanted.layers
+        for layer in maps.layers:
+            torch.testing.assert_close(
+                maps.probabilities(layer), wanted.probabilities(layer), atol=1e-4, rtol=0, msg=layer
+            )
+    for name in (first, first + ".attend", "input_blocks.1.0"):
+        with pytest.raises(ValueError, match="textbook"), study.edit(quick, {name: lambda out, at: None}):
+            draw(quick, num_inference_steps=1)
+        with study.edit(quick, {name: lambda out, at: None}):
+            draw(quick, num_inference_steps=1, guidance_scale=1.0)
+    rows = []
+    with study.edit(quick, {"input_blocks.1": lambda out, at: rows.append((len(out[at.cond]), len(out[at.uncond])))}):
+        draw(quick, num_inference_steps=1)
+    assert set(rows) == {(1, 1)}
+
+
+def test_what_an_edit_returns_is_not_written_into(tiny):
+    """Where forwards go on in place, as those of sd.fast do with attn2 and ff."""
+    quick = sd.fast(tiny)
+    name = "middle_block.1.transformer_blocks.0.attn2"
+    kept = []
+    with study.edit(quick, {name: lambda out, at: kept.append(out.clone()) and None}):
+        draw(quick, num_inference_steps=1)
+    mine = kept[0].clone()
+    with study.edit(quick, {name: lambda out, at: mine}):
+        draw(quick, num_inference_steps=1)
+    assert torch.equal(mine, kept[0])
+
+
+def test_outside_of_the_unet(tiny):
+    """Encoder and decoder belong to no step, of this drawing or of the one before."""
+    seen = []
+    edits = dict.fromkeys(
+        ["text.final_layer_norm", "vae.decoder.mid"],
+        lambda out, at: seen.append((at.step, at.timestep == at.timestep, at.cond, at.uncond)),
+    )
+    with study.edit(tiny, edits):
+        draw(tiny, output_type="pt", num_inference_steps=1)
+        draw(tiny, output_type="pt", num_inference_steps=1)
+    assert len(seen) == 6
+    assert set(map(str, seen)) == {str((-1, False, slice(None), slice(0, 0)))}
+
+
+def test_texts_encoded_while_drawing(tiny):
+    """They begin no drawing, unless it is drawn with them."""
+    with study.attention_maps(tiny, steps=True) as maps:
+        for _ in sd.SimpleSampler(tiny).stream("a red star", num_inference_steps=3):
+            for i in range(20):
+                tiny.encode_prompt(f"a {i}")
+        assert len(next(iter(maps._sums.values()))) == 4  # pndm's
+        assert maps.prompts == ["a red star"]
+        assert len(maps._calls._encoded) <= 16
+        draw(tiny, "st", num_inference_steps=1)
+        assert maps.prompts == ["st"]
+    with study.attention_maps(tiny, steps=True) as alone:
+        draw(tiny, "st", num_inference_steps=1)
+    assert torch.equal(maps.word("st"), alone.word("st"))
+
+
+def test_inference_mode(tiny):
+    wanted = draw(tiny, num_inference_steps=1)
+    edits = {"middle_block": lambda out, at: None}
+    with torch.inference_mode(), study.edit(tiny, edits), study.attention_maps(tiny) as maps:
+        assert torch.equal(draw(tiny, num_inference_steps=1), wanted)
+    assert maps.word("star").shape == (64, 64)
+
+
+def test_maps_in_pieces_and_cells(tiny, monkeypatch):
+    with study.attention_maps(tiny, self_attention=3) as wanted:
+        draw(tiny, num_inference_steps=1)
+    monkeypatch.setattr(sd.maps, "SCORES", 1000)  # some queries of one head
+    with study.attention_maps(tiny, self_attention=3, cells=4) as maps:
+        draw(tiny, num_inference_steps=1)
+    for layer in maps.layers:
+        got, expected = maps.probabilities(layer), wanted.probabilities(layer)
+        if wanted.grid(layer) == (8, 8):
+            assert maps.grid(layer) == (4, 4)
+            expected = expected.view(-1, 4, 2, 4, 2, 77).mean((2, 4)).flatten(1, 2)
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+
+
+def test_names_of_a_pattern(tiny):
+    assert list(study.names(tiny, "input_blocks.?.1.*.attn2")) == [
+        "input_blocks.1.1.transformer_blocks.0.attn2",
+        "input_blocks.3.1.transformer_blocks.0.attn2",
+    ]
+    assert len(study.names(tiny, "*.attend")) == sum(
+        hasattr(m, "attend") for part in (tiny.unet, tiny.vae) for m in part.modules()
+    )
 
 
 def test_wrong_edits(tiny):
@@ -390,6 +521,9 @@ def test_trace(tiny, tmp_path):
     again = study.Trace.load(tmp_path / "t.safetensors")
     assert again.settings == t.settings
     assert again.settings["seeds"] == [3, 4]
+    assert again.settings | {"eta": 0.0, "dtype": "float32", "version": sd.__version__} == again.settings
+    assert again.settings["num_images_per_prompt"] == 2
+    assert "model_hash" in again.settings
     assert torch.equal(again.noise_without, t.noise_without)
     assert torch.equal(again.angle, t.angle)
     with pytest.raises(ValueError, match="exists"):
@@ -397,7 +531,10 @@ def test_trace(tiny, tmp_path):
     sd.save(tiny, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is no trace"):
         study.Trace.load(tmp_path / "model.safetensors")
-    plain = study.trace(sampler, "a red star", guidance_scale=1.0, num_inference_steps=2, scheduler="lms")
+    plain = study.trace(
+        sampler, "a red star", negative_prompt=["bad"], guidance_scale=1.0, num_inference_steps=2, scheduler="lms"
+    )
+    assert plain.settings["negative_prompt"] == ["bad"]
     assert plain.noise_without is None
     assert plain.angle is None
     assert torch.equal(plain.noise, plain.noise_with)
@@ -434,6 +571,21 @@ def test_the_shape_word_lies_on_the_shape(shapes):
     assert len(shares) >= 4
     assert sum(shares) / len(shares) >= 0.85
     assert sum(ground) / len(ground) <= 0.1
+
+
+@pytest.mark.slow
+def test_quality_in_small(tmp_path, monkeypatch, capsys):
+    """Only that examples/lab/quality.py runs, and that its table and plot have what was asked for."""
+    import quality
+
+    plot = tmp_path / "quality.png"
+    call = ["quality.py", "--count", "2", "--steps", "2", "3", "--schedulers", "ddim", "lms", "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", call)
+    quality.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:3] for row in rows] == [[name, steps, "4"] for name in ("ddim", "lms") for steps in ("2", "3")]
+    assert all(float(row[3]) in (0, 50, 100) for row in rows)
+    assert Image.open(plot).size == (480, 300)
 
 
 @pytest.mark.slow

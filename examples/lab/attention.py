@@ -25,7 +25,7 @@ from scenes import COLOURS, SHAPES, Scene, random_scene
 import sd
 
 # Where this model's words show best, found on 100 other captions (--seed 11): the last attention on the way up, two
-# of its four heads, while the picture is not yet settled; and for the background the second one, at 4 x 4.
+# of its four heads, while the picture is not yet settled; and for the background, on 14 in float32, the second one.
 SHAPE = {"layer": "output_blocks.3.*", "head": (1, 2), "step": range(25)}
 BACKGROUND = {"layer": "output_blocks.1.*", "head": 1, "step": range(25)}
 
