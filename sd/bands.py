@@ -112,8 +112,8 @@ class NormSilu(Rows):
         gain, bias = weights(layer)
         each = x.channels // layer.num_groups
         rstd = (moments.var + layer.eps).rsqrt().repeat_interleave(each)
-        scale = gain.double() * rstd
-        shift = bias.double() - moments.mean.repeat_interleave(each) * scale
+        scale = wide(gain) * rstd
+        shift = wide(bias) - moments.mean.repeat_interleave(each) * scale
         self.scale, self.shift = (v.to(gain.dtype).view(1, -1, 1, 1) for v in (scale, shift))
 
     def rows(self, a: int, b: int) -> Tensor:
@@ -294,8 +294,8 @@ class Bands:
         x.release(x.height)
         mean, var = (m.repeat_interleave(x.channels // block.norm.num_groups) for m in moments)
         gain, bias = self.weights(block.norm)
-        scale = gain.double() * (var + block.norm.eps).rsqrt()
-        shift = bias.double() - mean * scale
+        scale = wide(gain) * (var + block.norm.eps).rsqrt()
+        shift = wide(bias) - mean * scale
         y = torch.addcmul(shift.to(whole).view(1, -1, 1, 1), whole, scale.to(whole).view(1, -1, 1, 1))
         y = y.flatten(2).transpose(1, 2)  # (1, h*w, C)
 
@@ -347,6 +347,11 @@ class Bands:
         return mean, logvar.clamp(-30.0, 20.0)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float64, where the device has that: small vectors only."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def blocks_of(level: nn.Module) -> list[ResnetBlock]:
     return list(level.block)  # type: ignore[arg-type]
 
@@ -362,8 +367,8 @@ class Gather:
         grouped = band.reshape(self.groups, -1).to(torch.promote_types(band.dtype, torch.float32))
         var, mean = torch.var_mean(grouped, dim=1, correction=0)
         n = grouped.shape[1]
-        total, delta = self.count + n, mean.double() - self.mean
-        self.m2 = self.m2 + var.double() * n + delta.square() * (self.count * n / total)
+        total, delta = self.count + n, wide(mean) - self.mean
+        self.m2 = self.m2 + wide(var) * n + delta.square() * (self.count * n / total)
         self.mean = self.mean + delta * (n / total)
         self.count = total
 

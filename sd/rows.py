@@ -38,6 +38,7 @@ class Level:
         self.spans: list[Span] = list(pairwise(cuts))
         self.span = self.spans[ranks.me]
         self.height = cuts[-1]
+        self.rows = torch.tensor([b - a for a, b in self.spans], dtype=torch.float64).view(-1, 1, 1)
 
     def windows(self, above: int = 1, below: int = 1) -> list[Span]:
         """Each rank's rows, and `above` and `below` them as many more, as far as there are any."""
@@ -86,9 +87,10 @@ class Level:
     def scale_and_shift(self, norm: nn.GroupNorm, all_moments: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """Of each channel: (B, C, 1, 1); from the mean and the squared deviations of each rank, (2, B, groups)."""
         each = x.shape[1] // norm.num_groups * x.shape[3]
-        counts = [each * (b - a) for a, b in self.spans]
         means, squares = torch.stack(all_moments).double().unbind(1)  # (ranks, B, groups)
-        n = torch.tensor(counts, dtype=torch.float64, device=x.device).view(-1, 1, 1)
+        if self.rows.device != x.device:
+            self.rows = self.rows.to(x.device)  # once: a copy makes the host wait
+        n = self.rows * each
         mean = (means * n).sum(0) / n.sum()
         var = (squares.sum(0) + (n * (means - mean).square()).sum(0)) / n.sum()
         wide = x.shape[1] // norm.num_groups
