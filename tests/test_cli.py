@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sd import cli
 from sd.cli import main
 
 CAPTION = "a red star above a blue ring on a white background"
@@ -35,6 +37,7 @@ def drawn(tmp_path_factory):
 def test_help_needs_no_torch():
     code = """
 import sys
+from sd import cli
 from sd.cli import main
 try:
     main(["--help"])
@@ -186,6 +189,17 @@ def test_ctrl_c_ends_at_once_and_keeps_finished_pictures(tmp_path):
     for file in files:
         assert file.suffix == ".png"
         Image.open(file).load()  # whole
+
+
+def test_ctrl_c_that_was_swallowed_still_ends_the_drawing():
+    with cli.INTERRUPTS:
+        with contextlib.suppress(KeyboardInterrupt):  # as a finalizer would
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            cli.INTERRUPTS.check()
+    with cli.INTERRUPTS:
+        cli.INTERRUPTS.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_convert_and_info(tmp_path, capsys, monkeypatch):
