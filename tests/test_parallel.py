@@ -27,7 +27,10 @@ def largest_difference(rank, splits, count):
     return worst
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("world", [1, 2, *(pytest.param(n, marks=SLOW) for n in (3, 4, 8))])
 def test_every_split_is_exact(world):
     splits = [
         {"image": i, "guidance": g, "rows": r}
@@ -78,7 +81,9 @@ def disagree(rank, what):
         return str(error)
 
 
-@pytest.mark.parametrize("what", ["the weights", "the prompts", "the seeds", "the scheduler"])
+@pytest.mark.parametrize(
+    "what", ["the weights", *(pytest.param(w, marks=SLOW) for w in ("the prompts", "the seeds", "the scheduler"))]
+)
 def test_ranks_that_disagree_are_found_at_the_start(what):
     for message in in_world(2, disagree, what):
         assert f"disagree on {what}: rank 1 has" in message
