@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -36,36 +34,6 @@ DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
     "ema": False,
     "dtype": None,
 }
-
-
-class Interrupts:
-    """Ctrl-C ends a drawing even if it came inside a finalizer or a callback, where Python drops exceptions."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self.before: Any = None
-
-    def __enter__(self) -> None:
-        self.seen = False
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.getsignal(signal.SIGINT)
-            if self.before is signal.default_int_handler:
-                signal.signal(signal.SIGINT, self.note)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self.before)
-
-    def note(self, *_: object) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        if self.seen:
-            raise KeyboardInterrupt
-
-
-INTERRUPTS = Interrupts()
 
 
 class CommandError(ValueError):
@@ -292,7 +260,6 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
         )
         for step in steps:
             latents = step.latents
-            INTERRUPTS.check()
         images = sampler.decode(latents)
         seconds = time.perf_counter() - start
         for i, image in enumerate(images if first else []):
@@ -336,8 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not given:
                 draw_parser().print_help()
                 return 2
-            with INTERRUPTS:
-                draw(given, argv)
+            draw(given, argv)
     except KeyboardInterrupt:
         if not launch.is_rank():  # whoever started the ranks says it
             print("\nartist: stopped.", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sd import cli
 from sd.cli import main
 
 CAPTION = "a red star above a blue ring on a white background"
@@ -37,7 +35,6 @@ def drawn(tmp_path_factory):
 def test_help_needs_no_torch():
     code = """
 import sys
-from sd import cli
 from sd.cli import main
 try:
     main(["--help"])
@@ -178,6 +175,8 @@ def test_ctrl_c_ends_at_once_and_keeps_finished_pictures(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "sd", CAPTION, "--count", "500", "--steps", "3"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A test run in a shell's background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline().startswith("artist-001.png")  # one is finished, the next begun
     process.send_signal(signal.SIGINT)
@@ -189,17 +188,6 @@ def test_ctrl_c_ends_at_once_and_keeps_finished_pictures(tmp_path):
     for file in files:
         assert file.suffix == ".png"
         Image.open(file).load()  # whole
-
-
-def test_ctrl_c_that_was_swallowed_still_ends_the_drawing():
-    with cli.INTERRUPTS:
-        with contextlib.suppress(KeyboardInterrupt):  # as a finalizer would
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            cli.INTERRUPTS.check()
-    with cli.INTERRUPTS:
-        cli.INTERRUPTS.check()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_convert_and_info(tmp_path, capsys, monkeypatch):
