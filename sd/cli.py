@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, launch
 from .commands import COMMANDS, add_source_options
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from .loader import StableDiffusion
@@ -104,7 +105,6 @@ def drawing(given: dict[str, Any]) -> dict[str, Any]:
 
 def outputs(given: dict[str, Any], count: int) -> list[Path]:
     """Where the pictures go; checked before any work is done."""
-    force = given.get("force", False)
     output = Path(given.get("output", "."))
     folder = output if output.is_dir() else output.parent
     if output.is_dir():
@@ -115,32 +115,20 @@ def outputs(given: dict[str, Any], count: int) -> list[Path]:
             raise CommandError(f"{output} cannot be written: pictures are PNG, so name it {output.stem}.png.")
         names = [output.stem] if count == 1 else [f"{output.stem}-{k + 1}" for k in range(count)]
         paths = [folder / f"{name}{output.suffix}" for name in names]
-    if not folder.is_dir():
-        raise CommandError(f"{output} cannot be written: there is no folder {folder}; make it first.")
-    if not os.access(folder, os.W_OK):
-        raise CommandError(f"{output} cannot be written: the folder {folder} is read-only for you.")
     for path in paths:
-        if path.is_dir():
-            raise CommandError(f"{path} cannot be written: it is a folder; name a file.")
-        if path.exists() and not force:
-            raise CommandError(f"{path} exists: choose another name, or write over it with --force.")
+        check_output(path, force=given.get("force", False))
     return paths
 
 
 def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusion:
     import torch
 
-    from .loader import load
+    from .loader import check_device, load
 
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and launch.is_rank():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise CommandError(
-            f"There is no device {device!r} here: try --device cpu, or install a torch that has it."
-        ) from None
+    check_device(device)
     dtype = settings["dtype"]
 
     def read() -> StableDiffusion:
@@ -171,7 +159,7 @@ def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler
     if given.get("variant") == "parallel":
         from .parallel import ParallelSampler
 
-        return ParallelSampler(model, split_of(given["split"]) if "split" in given else None)
+        return ParallelSampler(model, parse_split(given["split"]) if "split" in given else None)
     from .fast import fast
     from .sampler import SimpleSampler
 
@@ -197,15 +185,17 @@ def check_variant(given: dict[str, Any]) -> None:
     if not 1 <= given.get("ranks", 1) <= 1024:
         raise CommandError(f"--ranks must be from 1 to 1024, not {given['ranks']}.")
     if "split" in given:
-        split_of(given["split"])
+        parse_split(given["split"])
 
 
-def split_of(text: str) -> dict[str, int]:
+def parse_split(text: str) -> dict[str, int]:
+    parts = [part.split("=") for part in text.split(",")]
     try:
-        split = {name.strip(): int(number) for name, number in (part.split("=") for part in text.split(","))}
+        split = {name.strip(): int(number) for name, number in parts}
     except ValueError:
         split = {}
-    if not split or not split.keys() <= {"image", "guidance", "rows"} or min(split.values()) < 1:
+    known = split.keys() <= {"image", "guidance", "rows"} and len(split) == len(parts)
+    if not known or min(split.values()) < 1:
         raise CommandError(f"--split must be like image=2,guidance=2,rows=1, not {text}.")
     return split
 

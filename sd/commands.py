@@ -219,12 +219,13 @@ def study(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .cli import load_model, make_sampler  # not at the head: cli imports this file
-    from .page import refuse_existing, study_page, write_page
+    from .page import study_page, write_page
 
     paths = [Path(path) for path in (args.output, args.trace) if path is not None]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"The page and the trace cannot both be {args.output}: name another file for one of them.")
-    refuse_existing(paths, args.force)  # before any work is done
+    for path in paths:
+        check_output(path, force=args.force)  # before any work is done
     given = {name: value for name, value in vars(args).items() if value is not None}
     given["exact"] = True  # the textbook, whose every module is called, not sd.fast
     names = {name: getattr(args, name) for name in ("model", "revision", "hub_variant", "ema", "dtype")}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .loader import StableDiffusion, build, check_dtype, load, read_config, tokenizer_texts
+from .loader import StableDiffusion, build, check_device, check_dtype, load, read_config, tokenizer_texts
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
 from .names import PARTS
 from .reference import CompareError
@@ -366,12 +366,7 @@ def _mean(vae: VAE, image: Tensor) -> Tensor:
 
 def compare_command(args: Any) -> Report:
     """What `artist compare` was asked for; `args` is what its parser made."""
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise CompareError(
-            f"There is no device {args.device!r} here: leave --device out, or install a torch that has it."
-        ) from None
+    check_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if args.other else "float64"))
     options = {"tokenizer": args.tokenizer, "config": args.config, "revision": args.revision}
     options["variant"] = args.hub_variant

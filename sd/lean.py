@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .bands import Bands
 from .loader import StableDiffusion
 from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, make_plan
-from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished
+from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide
 from .stream import Weights, streamed, weights_on
 from .unet import ResBlock, UNet, timestep_embedding
 
@@ -105,7 +105,7 @@ class LeanSampler(SimpleSampler):
                     away, towards = unet(x, t, slice(0, 1)), unet(x, t, slice(1, 2))
                 else:
                     away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
-                return away + request.guidance_scale * (towards - away)
+                return guide(away, towards, request.guidance_scale)
 
         return denoiser
 
@@ -115,7 +115,8 @@ class LeanSampler(SimpleSampler):
             return latents
         trim()
         plan = self.current
-        if plan and latents.shape[2:] != (plan.job.height // 8, plan.job.width // 8):
+        f = self.model.vae.config.downsampling
+        if plan and (f * latents.shape[2], f * latents.shape[3]) != (plan.job.height, plan.job.width):
             plan = None  # of another call
         like = next(self.model.vae.parameters())  # may differ from the UNet's, where it is in memory
         weights = Weights(*((latents.dtype, self.model.device) if self.model.lazy else (like.dtype, like.device)))

@@ -150,6 +150,16 @@ def load(
     return build(found, read_config(config), texts, devices, dtypes)
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raise LoadError unless this torch can compute there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # as torch says it, by kind of device
+        raise LoadError(
+            f"There is no device {str(device)!r} here: try cpu, or install a torch that has it."
+        ) from None
+
+
 def places(device: str | torch.device | Mapping[str, str | torch.device]) -> dict[str, torch.device]:
     """The device of each part."""
     if not isinstance(device, Mapping):

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .calls import Calls, model_of, token_ids
 from .describe import describe
 from .image import to_pil
 from .maps import AttentionMaps, attention_maps
+from .outputs import check_output
 from .scheduler import V1, Scheduler
 from .study import Trace, to_rgb, trace
 
@@ -109,21 +110,10 @@ def _nulls(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def refuse_existing(paths: Iterable[Path], force: bool) -> None:
-    """Raise ValueError for a file that is there already, unless `force`, and for a folder that is not."""
-    for path in paths:
-        if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
-        if path.is_dir():
-            raise ValueError(f"{path} cannot be written: it is a folder; name a file.")
-        if path.exists() and not force:
-            raise ValueError(f"{path} exists: choose another name, or write over it with --force.")
-
-
 def write_page(page: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a page, whole or not at all. Raises ValueError where the file exists, unless `force`, and OSError."""
     path = Path(path)
-    refuse_existing([path], force)
+    check_output(path, force=force)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

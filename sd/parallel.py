@@ -22,7 +22,7 @@ from .attention import SpatialTransformer, replaced
 from .loader import StableDiffusion
 from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
 from .rows import rows_of_unet, rows_of_vae
-from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guided, with_text
+from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
 from .unet import Downsample, UNet, Upsample
 
 
@@ -180,7 +180,7 @@ class ParallelSampler(SimpleSampler):
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             own = unet(x, t, context)
             away, towards = pair.gather(own, [own.shape] * 2)
-            return away + request.guidance_scale * (towards - away)
+            return guide(away, towards, request.guidance_scale)
 
         return denoiser
 

@@ -45,10 +45,15 @@ def with_text(unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor)
     return lambda x, t: unet(x, t, context)
 
 
+def guide(away: Tensor, towards: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: away from one prediction, towards the other (Ho & Salimans, arXiv:2207.12598)."""
+    return away + scale * (towards - away)
+
+
 def guided(
     unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, negative: Tensor, scale: float
 ) -> Denoiser:
-    """Classifier-free guidance: away from `negative`, towards `context` (Ho & Salimans, arXiv:2207.12598).
+    """Guided away from `negative`, towards `context`.
 
     One call with the batch doubled, the negative half first, as in ldm and diffusers.
     """
@@ -56,7 +61,7 @@ def guided(
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
         away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return away + scale * (towards - away)
+        return guide(away, towards, scale)
 
     return denoiser
 

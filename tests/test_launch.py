@@ -133,6 +133,7 @@ def test_two_machines(tmp_path):
         (["--variant", "parallel", "--ranks", "0"], "from 1 to 1024"),
         (["--variant", "parallel", "--split", "columns=2"], "like image=2"),
         (["--variant", "parallel", "--split", "rows=two"], "like image=2"),
+        (["--variant", "parallel", "--split", "rows=2,rows=3"], "like image=2"),
         (["--variant", "parallel", "--split", "rows=2", "-o", "x.png"], "for 2 ranks, but there are 1: start 2"),
         (["--variant", "parallel", "--split", "image=2", "-o", "x.png"], "image 2, but here are 1"),
     ],
