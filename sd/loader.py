@@ -156,7 +156,7 @@ def check_device(device: str | torch.device) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # as torch says it, by kind of device
         raise LoadError(
-            f"There is no device {str(device)!r} here: try cpu, or install a torch that has it."
+            f"There is no device {str(device)!r} here: try cpu (--device cpu), or install a torch that has it."
         ) from None
 
 
