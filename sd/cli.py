@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -12,33 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, launch
-from .commands import COMMANDS, add_source_options
+from .commands import COMMANDS
+from .options import (
+    DEFAULTS,
+    CommandError,
+    add_drawing_options,
+    add_source_options,
+    call_of,
+    load_model,
+    make_sampler,
+    parse_split,
+)
 from .outputs import check_output
 
 if TYPE_CHECKING:
-    from .loader import StableDiffusion
     from .sampler import SimpleSampler
-
-DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
-    "prompt": None,
-    "negative_prompt": "",
-    "num_inference_steps": 50,
-    "guidance_scale": 7.5,
-    "seed": 0,
-    "height": None,
-    "width": None,
-    "scheduler": "pndm",
-    "eta": 0.0,
-    "model": "shapes",
-    "revision": None,
-    "hub_variant": None,
-    "ema": False,
-    "dtype": None,
-}
-
-
-class CommandError(ValueError):
-    """What is wrong with the command line, in one sentence."""
 
 
 def draw_parser() -> argparse.ArgumentParser:
@@ -53,16 +40,7 @@ def draw_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", help='what to draw: "a red star above a blue ring on a white background"')
     add("-o", "--output", metavar="PNG", help="file or folder; else the first free artist-001.png")
-    add("--model", help="shapes (built in), a .ckpt or .safetensors file, a folder, or a Hub repository")
-    add("--negative", dest="negative_prompt", metavar="TEXT", help="what to stay away from")
-    add("--steps", dest="num_inference_steps", type=int, metavar="N", help="1 to 1000; 50 if not given")
-    add("--guidance", dest="guidance_scale", type=float, metavar="G", help="how closely to follow; 7.5")
-    add("--seed", type=int, metavar="N", help="of the first picture; the next takes the next; 0")
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 8; the model's own size if not given")
-    add("--width", type=int, metavar="PIXELS")
     add("--count", type=int, metavar="N", help="how many pictures; 1")
-    add("--scheduler", metavar="NAME", help="pndm, ddim or lms; pndm")
-    add("--eta", type=float, help="0 to 1, how much noise ddim draws anew; 0")
     add("--again", metavar="PNG", help="draw a picture of `artist` again; other options change it")
     add(
         "--variant",
@@ -74,15 +52,8 @@ def draw_parser() -> argparse.ArgumentParser:
     add("--split", metavar="SPLIT", help="how parallel splits the work, as image=2,guidance=2,rows=1; as is fastest")
     add("--plan", action="store_true", help="say how lean or parallel would go about it; draw nothing")
     add("--exact", action="store_true", help="simple by the textbook, not by sd.fast: slower, in less memory")
-    add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
-    add(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32", "float64"],
-        help="float16 on a GPU, else float32",
-    )
-    add("--force", action="store_true", help="write over existing files")
-    add("--quiet", action="store_true", help="no progress bar")
     add("--version", action="version", version=f"artist {__version__}")
+    add_drawing_options(parser)
     add_source_options(parser)
     return parser
 
@@ -120,52 +91,6 @@ def outputs(given: dict[str, Any], count: int) -> list[Path]:
     return paths
 
 
-def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusion:
-    import torch
-
-    from .loader import check_device, load
-
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and launch.is_rank():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    check_device(device)
-    dtype = settings["dtype"]
-
-    def read() -> StableDiffusion:
-        return load(
-            settings["model"],
-            device=device,
-            dtype=getattr(torch, dtype) if dtype else None,
-            revision=settings["revision"],
-            variant=settings["hub_variant"],
-            tokenizer=given.get("tokenizer"),
-            config=given.get("config"),
-            ema=settings["ema"],
-            lazy=given.get("variant") == "lean",
-        )
-
-    if given.get("variant") == "parallel":
-        from .parallel import load_together
-
-        return load_together(read, torch.device(device))
-    return read()
-
-
-def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:
-    if given.get("variant") == "lean":
-        from .lean import LeanSampler
-
-        return LeanSampler(model, given.get("memory"))
-    if given.get("variant") == "parallel":
-        from .parallel import ParallelSampler
-
-        return ParallelSampler(model, parse_split(given["split"]) if "split" in given else None)
-    from .fast import fast
-    from .sampler import SimpleSampler
-
-    return SimpleSampler(model if "exact" in given or model.device.type != "cpu" else fast(model))
-
-
 def check_variant(given: dict[str, Any]) -> None:
     """Options that are of some variants only, before anything is loaded."""
     variant = given.get("variant", "simple")
@@ -186,18 +111,6 @@ def check_variant(given: dict[str, Any]) -> None:
         raise CommandError(f"--ranks must be from 1 to 1024, not {given['ranks']}.")
     if "split" in given:
         parse_split(given["split"])
-
-
-def parse_split(text: str) -> dict[str, int]:
-    parts = [part.split("=") for part in text.split(",")]
-    try:
-        split = {name.strip(): int(number) for name, number in parts}
-    except ValueError:
-        split = {}
-    known = split.keys() <= {"image", "guidance", "rows"} and len(split) == len(parts)
-    if not known or min(split.values()) < 1:
-        raise CommandError(f"--split must be like image=2,guidance=2,rows=1, not {text}.")
-    return split
 
 
 def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
@@ -222,11 +135,7 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
     if known and known != model.hash:
         warnings.warn(f"{given['again']} was drawn with other weights (hash {known}, now {model.hash}).")
     sampler = make_sampler(model, given)
-    call = {
-        k: settings[k]
-        for k in DEFAULTS
-        if k not in ("prompt", "seed", "model", "revision", "hub_variant", "ema", "dtype")
-    }
+    call = call_of(settings)
     if "plan" in given:
         if given["variant"] == "parallel":
             call |= {"num_images_per_prompt": count, "ranks": given.get("ranks")}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .options import DEFAULTS, add_drawing_options, add_source_options, call_of, load_model, make_sampler
 from .outputs import check_output
 
 
@@ -17,15 +18,6 @@ class Command(NamedTuple):
     what: str  # for the help of `artist`
     parser: Callable[[], argparse.ArgumentParser]
     run: Callable[[argparse.Namespace], Any]
-
-
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
-    add("--hub-variant", metavar="NAME", help="which files of a Hub repository: fp16")
-    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for files without one")
-    add("--config", metavar="JSON", help="sizes that a weights file does not tell, such as the head count")
-    add("--ema", action="store_true", help="the EMA weights of a full-EMA checkpoint")
 
 
 # ---- convert
@@ -71,7 +63,7 @@ def info_parser() -> argparse.ArgumentParser:
         prog="artist info", description="Say what a file, folder or Hub repository holds, without loading it."
     )
     parser.add_argument("source")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    add_source_options(parser, "revision")
     return parser
 
 
@@ -155,9 +147,7 @@ def describe_parser() -> argparse.ArgumentParser:
     add("--tree", action="store_true", help="every module, in place of the table")
     add("--depth", type=int, metavar="N", help="of the tree; all if not given")
     add("--json", action="store_true", help="the same as JSON")
-    add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
-    add("--hub-variant", metavar="NAME", help="which files of a Hub repository: fp16")
-    add("--config", metavar="JSON", help="sizes that a weights file does not tell, such as the head count")
+    add_source_options(parser, "revision", "hub-variant", "config")
     return parser
 
 
@@ -190,25 +180,14 @@ def study_parser() -> argparse.ArgumentParser:
         prog="artist study",
         description="Draw one picture and write a page about it, for any browser: every step, which word acts where, "
         "the noise schedule, and what each block of the UNet returns.",
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("prompt", help='what to draw: "a large red star on a white background"')
-    add("-o", "--output", metavar="HTML", default="report.html", help="report.html if not given")
-    add("--model", default="shapes", help="shapes (built in), a .ckpt or .safetensors file, a folder, a repository")
-    add("--negative", default="", metavar="TEXT", help="what to stay away from")
-    add("--steps", type=int, default=50, metavar="N", help="1 to 1000; 50 if not given")
-    add("--guidance", type=float, default=7.5, metavar="G", help="how closely to follow; 7.5")
-    add("--seed", type=int, default=0, metavar="N")
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 8; the model's own size if not given")
-    add("--width", type=int, metavar="PIXELS")
-    add("--scheduler", default="pndm", metavar="NAME", help="pndm, ddim or lms; pndm")
-    add("--eta", type=float, default=0.0, help="0 to 1, how much noise ddim draws anew; 0")
+    add("-o", "--output", metavar="HTML", help="report.html if not given")
     add("--trace", metavar="FILE", help="write the tensors of every step there as well, as .safetensors")
     add("--variant", choices=["simple", "lean"], help="how the work is done: simple; lean, in little memory")
-    add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
-    add("--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="float16 on a GPU, else float32")
-    add("--force", action="store_true", help="write over existing files")
-    add("--quiet", action="store_true", help="no progress bar")
+    add_drawing_options(parser)
     add_source_options(parser)
     return parser
 
@@ -218,35 +197,29 @@ def study(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .cli import load_model, make_sampler  # not at the head: cli imports this file
     from .page import study_page, write_page
 
-    paths = [Path(path) for path in (args.output, args.trace) if path is not None]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError(f"The page and the trace cannot both be {args.output}: name another file for one of them.")
-    for path in paths:
-        check_output(path, force=args.force)  # before any work is done
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    given["exact"] = True  # the textbook, whose every module is called, not sd.fast
-    names = {name: getattr(args, name) for name in ("model", "revision", "hub_variant", "ema", "dtype")}
-    sampler = make_sampler(load_model(names, given), given)
+    given = vars(args)
+    settings, force = DEFAULTS | given, given.get("force", False)
+    page_path, trace_path = Path(given.get("output", "report.html")), given.get("trace")
+    if trace_path and Path(trace_path).resolve() == page_path.resolve():
+        raise ValueError(f"The page and the trace cannot both be {page_path}: name another file for one of them.")
+    for path in (page_path, trace_path):
+        if path:
+            check_output(path, force=force)  # before any work is done
+    # The textbook, whose every module is called, not sd.fast.
+    sampler = make_sampler(load_model(settings, given), given | {"exact": True})
     page, record = study_page(
         sampler,
-        args.prompt,
-        progress=partial(tqdm, desc="drawing", unit="step", disable=args.quiet),
-        negative_prompt=args.negative,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        seed=args.seed,
-        height=args.height,
-        width=args.width,
-        scheduler=args.scheduler,
-        eta=args.eta,
+        settings["prompt"],
+        progress=partial(tqdm, desc="drawing", unit="step", disable=given.get("quiet", False)),
+        seed=settings["seed"],
+        **call_of(settings),
     )
-    if args.trace:
-        record.save(args.trace, force=args.force)
-    write_page(page, args.output, force=args.force)
-    print(f"{args.output}  {Path(args.output).stat().st_size / 1e6:.1f} MB")
+    if trace_path:
+        record.save(trace_path, force=force)
+    write_page(page, page_path, force=force)
+    print(f"{page_path}  {page_path.stat().st_size / 1e6:.1f} MB")
 
 
 COMMANDS = {
