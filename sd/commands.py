@@ -199,7 +199,7 @@ def study(args: argparse.Namespace) -> None:
 
     from .page import study_page, write_page
 
-    given = vars(args)
+    given = vars(args) | {"exact": True}  # the textbook, whose every module is called, not sd.fast
     settings, force = DEFAULTS | given, given.get("force", False)
     page_path, trace_path = Path(given.get("output", "report.html")), given.get("trace")
     if trace_path and Path(trace_path).resolve() == page_path.resolve():
@@ -207,8 +207,7 @@ def study(args: argparse.Namespace) -> None:
     for path in (page_path, trace_path):
         if path:
             check_output(path, force=force)  # before any work is done
-    # The textbook, whose every module is called, not sd.fast.
-    sampler = make_sampler(load_model(settings, given), given | {"exact": True})
+    sampler = make_sampler(load_model(settings, given), given)
     page, record = study_page(
         sampler,
         settings["prompt"],

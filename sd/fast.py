@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from .attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
 from .loader import StableDiffusion
-from .packed import Conv, Derived, Linear, onednn
+from .malloc import keep
+from .packed import Conv, Derived, Linear, full, onednn
+from .text import TextEncoder
 from .unet import Block, ResBlock, UNet
 from .unet import Upsample as UNetUpsample
 from .vae import AttnBlock, Decoder, Encoder, ResnetBlock
@@ -28,8 +30,9 @@ from .vae import Upsample as VAEUpsample
 from .winograd import Norm, Winograd, direct
 
 TOKENS = 1024  # in a piece of the feed-forward
-QUERIES = 256  # in a piece of attention
+SCORES = 1 << 20  # in a piece of attention
 MOMENTS = 1 << 19  # elements in a piece of a norm's statistics
+SMALL = 1 << 15  # elements of a weight that is converted at once
 CHANNELS = 64  # Winograd's transforms do not pay for convolutions with fewer
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -42,20 +45,27 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
     a layer is first used, and again after they have been changed in place. On the CPU in float32 (float64 runs, and
     is no faster; in half precision the textbook is kept) and on CUDA.
 
-    extra_memory   keep prepared weights: at full size about 5 GB for the UNet and below 1 GB for the VAE. False:
-                   a smaller gain, at no cost
+    extra_memory   keep prepared weights: at full size about 5 GB for the UNet and below 1 GB for the VAE; and keep
+                   what memory a call has freed for the next one, in the whole process (`malloc.py`). False: a
+                   smaller gain, at no cost
     compile        on CUDA, torch.compile with mode="max-autotune", which takes minutes in the first call. The CPU
                    needs none, and takes no notice
+
+    A model that was loaded with `lazy=True` has its weights prepared right from the file: they are in memory once.
 
     A hook on a convolution or product inside a block that is computed otherwise is not called: put it on the block,
     or on the textbook model.
     """
-    model = model.ready()
-    result = copy.copy(model)
-    result.unet, result.vae = sharing(model.unet), sharing(model.vae)
+    if model.lazy and extra_memory and model.device.type == "cpu" and model.dtype == torch.float32:
+        result = from_file(model)
+    else:
+        model = model.ready()
+        result = model.with_parts(sharing(model.unet), sharing(model.vae), model.text)
     if model.device.type == "cuda":
         on_cuda(result, compile, extra_memory)
     elif model.device.type == "cpu":
+        if extra_memory:
+            keep()
         for part in (result.unet, result.vae):
             if next(part.parameters()).dtype in (torch.float32, torch.float64):
                 on_cpu(part, extra_memory)
@@ -68,6 +78,27 @@ def sharing(module: Module) -> Module:
     result = copy.deepcopy(module, memo)
     for part in result.modules():
         part.__dict__.pop("forward", None)  # of a model that is fast already: it is of the modules there
+    return result
+
+
+def from_file(model: StableDiffusion) -> StableDiffusion:
+    """A lazy model as one of float32 whose large weights are still as they are in the file.
+
+    They are those of convolutions and products, which `Conv`, `Linear` and `Winograd` take in float32 (`full`), but
+    not of the time embedding: products of a row or two are not worth packing. Small ones are converted now; by the
+    first of them in each part others tell what it computes in.
+    """
+    text = {name: tensor.float() for name, tensor in model.text.state_dict().items()}
+    encoder = TextEncoder(model.text.config, text, model.text.vocab, model.text.merges, model.text.known_words)
+    result = model.with_parts(sharing(model.unet), sharing(model.vae), encoder)
+    result.unet.time_embed.float()
+    for part in (result.unet, result.vae):
+        for module in part.modules():
+            if isinstance(module, ResBlock):
+                module.emb_layers.float()
+            for name, p in list(module.named_parameters(recurse=False)):
+                if p.numel() < SMALL:
+                    setattr(module, name, nn.Parameter(p.detach().float(), p.requires_grad))
     return result
 
 
@@ -119,7 +150,7 @@ def nchw(x: Tensor) -> Tensor:
 
 
 def linear(layer: nn.Linear, pack: bool) -> Linear:
-    return Linear(lambda: layer.weight.detach(), layer.weight, bias=bias_of(layer), pack=pack)
+    return Linear(lambda: full(layer.weight), layer.weight, bias=bias_of(layer), pack=pack)
 
 
 def bias_of(layer: nn.Linear | nn.Conv2d) -> Callable[[], Tensor | None]:
@@ -142,7 +173,7 @@ class Conv3x3:
         if upsample:
             self.direct = direct(layer, pack)
         else:
-            self.direct = Conv(lambda: weight.detach(), weight, bias=bias_of(layer), padding=1, pack=pack)
+            self.direct = Conv(lambda: full(weight), weight, bias=bias_of(layer), padding=1, pack=pack)
 
     def __call__(self, x: Tensor, norm: nn.GroupNorm | None = None, add: Tensor | None = None) -> Tensor:
         """norm: it and SiLU come before the convolution; add: what comes after it. Pixels with channels last."""
@@ -159,7 +190,7 @@ def conv(layer: nn.Conv2d, pack: bool) -> Callable[..., Tensor]:
     if (layer.kernel_size, stride, padding) == ((3, 3), 1, 1):
         return Conv3x3(layer, pack)
     weight = layer.weight
-    return Conv(lambda: weight.detach(), weight, bias=bias_of(layer), stride=stride, padding=int(padding), pack=pack)
+    return Conv(lambda: full(weight), weight, bias=bias_of(layer), stride=stride, padding=int(padding), pack=pack)
 
 
 def group_norm(x: Tensor, layer: nn.GroupNorm) -> Tensor:
@@ -258,16 +289,19 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, queries, dim = q.shape
     if not onednn(q) or queries * k.shape[-2] * dim < 1 << 22:  # little work, which calls would outweigh
         return attention(q, k, v)
+    rows = max(256, SCORES // k.shape[-2])
     out = q.new_empty(batch, queries, heads, v.shape[-1])
     product = torch.ops.mkldnn._linear_pointwise
     for b in range(batch):
         for h in range(heads):
             scaled = q[b, h] * dim**-0.5
             keys, values = k[b, h].contiguous(), v[b, h].T.contiguous()  # (S, D), (D, S)
-            for a in range(0, queries, QUERIES):
-                scores = product(scaled[a : a + QUERIES], keys, None, "none", [], "")
+            if queries >= 8 * rows:
+                keys, values = (torch.ops.mkldnn._reorder_linear_weight(z, rows) for z in (keys, values))
+            for a in range(0, queries, rows):
+                scores = product(scaled[a : a + rows], keys, None, "none", [], "")
                 torch.softmax(scores, -1, out=scores)
-                out[b, a : a + QUERIES, h] = product(scores, values, None, "none", [], "")
+                out[b, a : a + rows, h] = product(scores, values, None, "none", [], "")
     return out.transpose(1, 2)
 
 
@@ -302,8 +336,8 @@ def feed_forward(block: FeedForward, pack: bool) -> Callable[..., Tensor]:
     assert isinstance(proj, nn.Linear)
     assert isinstance(last, nn.Linear)
     inner, weight = last.in_features, proj.weight
-    up = Linear(lambda: weight.detach()[:inner], weight, bias=lambda: proj.bias[:inner], pack=pack)
-    gate = Linear(lambda: weight.detach()[inner:], weight, bias=lambda: proj.bias[inner:], pack=pack)
+    up = Linear(lambda: full(weight[:inner]), weight, bias=lambda: proj.bias[:inner], pack=pack)
+    gate = Linear(lambda: full(weight[inner:]), weight, bias=lambda: proj.bias[inner:], pack=pack)
     down = linear(last, pack)
 
     def forward(x: Tensor) -> Tensor:
@@ -331,7 +365,7 @@ def spatial_transformer(block: SpatialTransformer, pack: bool) -> Callable[..., 
 
 def one_by_one(layer: nn.Conv2d, pack: bool) -> Linear:
     """A convolution of 1 x 1 on (..., C)."""
-    return Linear(lambda: layer.weight.detach().flatten(1), layer.weight, bias=bias_of(layer), pack=pack)
+    return Linear(lambda: full(layer.weight).flatten(1), layer.weight, bias=bias_of(layer), pack=pack)
 
 
 def transformer_block(block: BasicTransformerBlock, pack: bool) -> Callable[..., Tensor]:

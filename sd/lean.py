@@ -6,11 +6,9 @@ decodes by bands (`bands.py`), as a plan says (`plan.py`). Text encoder, UNet an
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from .bands import Bands
 from .loader import StableDiffusion
+from .malloc import trim
 from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, make_plan
 from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide
 from .stream import Weights, streamed, weights_on
@@ -239,12 +238,3 @@ def anonymous() -> int:
         return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
-
-
-def trim() -> None:
-    """Give free memory back to the system, the C library's and CUDA's: between stages it is of no use to us."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)

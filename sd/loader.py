@@ -6,6 +6,7 @@ vain and a tensor that needs no conversion stays in the file's memory map.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -93,6 +94,12 @@ class StableDiffusion:
     def ready(self) -> StableDiffusion:
         """The model with its weights where and in what it computes; one that is loaded lazily is loaded now."""
         return self.to(self.device, self.dtype) if self._lazy else self
+
+    def with_parts(self, unet: UNet, vae: VAE, text: TextEncoder) -> StableDiffusion:
+        """The same model by name and file, with these in place of its parts, as they are."""
+        result = copy.copy(self)
+        result.unet, result.vae, result.text, result._lazy = unet, vae, text, None
+        return result
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Move or convert the three parts in place, and return the model."""

@@ -81,6 +81,10 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
 
     from .loader import check_device, load
 
+    if is_fast(given):
+        from .malloc import keep
+
+        keep()  # before the first tensor
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and launch.is_rank():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -97,7 +101,7 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
             tokenizer=given.get("tokenizer"),
             config=given.get("config"),
             ema=settings["ema"],
-            lazy=given.get("variant") == "lean",
+            lazy=given.get("variant") == "lean" or is_fast(given),
         )
 
     if given.get("variant") == "parallel":
@@ -105,6 +109,15 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
 
         return load_together(read, torch.device(device))
     return read()
+
+
+def is_fast(given: dict[str, Any]) -> bool:
+    """Whether the drawing is by `sd.fast`: all that is not asked for otherwise, on a CPU."""
+    import torch
+
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = device.partition(":")[0] == "cpu"
+    return given.get("variant", "simple") == "simple" and "exact" not in given and on_cpu
 
 
 def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:
@@ -119,7 +132,7 @@ def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler
     from .fast import fast
     from .sampler import SimpleSampler
 
-    return SimpleSampler(model if "exact" in given or model.device.type != "cpu" else fast(model))
+    return SimpleSampler(fast(model) if is_fast(given) else model)
 
 
 def parse_split(text: str) -> dict[str, int]:

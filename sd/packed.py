@@ -26,6 +26,11 @@ def onednn(x: Tensor) -> bool:
     return here and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def full(weight: Tensor) -> Tensor:
+    """What is computed with: weights in half precision, as they are in a file, become float32."""
+    return weight.detach().float() if weight.itemsize < 4 else weight.detach()
+
+
 class Derived:
     """Something made of weights on first use, and again when they, or what it is made for, have changed."""
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bands import halve
-from .packed import Conv, Derived, onednn
+from .packed import Conv, Derived, full, onednn
 
 POINTS = {  # (outputs, taps of the filter) along an edge: all points but infinity
     (4, 3): (0.0, 0.625, -0.625, 1.5, -1.5),
@@ -81,19 +81,19 @@ class Winograd:
         a, self.g, b = transforms(m, r)
         self.n = m + r - 1
         self.to_points, self.from_points = torch.kron(b, b), torch.kron(a, a)  # (n*n, n*n), (m*m, n*n)
-        self.kron = Derived(self._kron, weight)
+        self.kron = Derived(self._kron, bias)
         self.groups = self.phases**2 * self.n**2
         self.product = Conv(self.filters, weight, groups=self.groups)
         self.plain = Derived(self.filters, weight)  # where there is no oneDNN
 
     def _kron(self) -> tuple[Tensor, Tensor]:
-        return self.to_points.to(self.weight), self.from_points.to(self.weight)
+        return self.to_points.to(self.bias), self.from_points.to(self.bias)
 
     def filters(self) -> Tensor:
         """The filters at all points: (groups * O, C, 1, 1)."""
         w = self.weight.detach()
         out, into = w.shape[:2]
-        all_points = w.new_empty(self.phases**2, self.n**2, out, into)
+        all_points = self.bias.new_empty(self.phases**2, self.n**2, out, into)
         g2 = torch.kron(self.g, self.g)  # (n*n, r*r)
         for k, points in enumerate(all_points):
             for o in range(0, out, 256):  # in pieces: computed in float64
@@ -177,7 +177,7 @@ def direct(layer: nn.Conv2d, pack: bool) -> Callable[[Tensor], Tensor]:
     weight = layer.weight
 
     def phase(p: int, q: int) -> Conv:
-        return Conv(lambda: halve(halve(weight.detach(), 2, p), 3, q), weight, bias=lambda: layer.bias, pack=pack)
+        return Conv(lambda: halve(halve(full(weight), 2, p), 3, q), weight, bias=lambda: layer.bias, pack=pack)
 
     convs = [[phase(p, q) for q in (0, 1)] for p in (0, 1)]
 

@@ -354,3 +354,31 @@ def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys):
     assert all("forward" in m.__dict__ for m in quick.unet.modules() if isinstance(m, ResBlock))
     assert main(["a red star", "--variant", "lean", "--exact"]) == 2
     assert "--exact is of --variant simple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
+    """The large weights stay as they are in the file, and the function is the same to the bit."""
+    path = tmp_path / "model.safetensors"
+    sd.save(copy.copy(wide), path, dtype)
+    lazy = sd.load(path, lazy=True, dtype=torch.float32)
+    quick, loaded = sd.fast(lazy), sd.fast(sd.load(path, dtype=torch.float32))
+    assert (quick.dtype, quick.name, quick.lazy) == (torch.float32, path.name, False)
+    assert quick.hash == loaded.hash
+    large = [p for p in quick.unet.parameters() if p.ndim == 4 and p.numel() > 1 << 15]
+    assert len(large) > 8
+    assert all(p.dtype == dtype for p in large)
+    x, t, image = noise(2, 4, 25, 24).float(), torch.tensor([5.0, 5.0]), noise(1, 3, 50, 48).float()
+    context = quick.encode_prompt(["", "a red star"])
+    assert torch.equal(context, loaded.encode_prompt(["", "a red star"]))
+    for size in (24, 7):  # the smaller has layers with too few rows to be packed
+        assert torch.equal(quick.unet(x[..., :size], t, context), loaded.unet(x[..., :size], t, context))
+    assert torch.equal(quick.vae.decode(x), loaded.vae.decode(x))
+    assert torch.equal(quick.vae.encode(image), loaded.vae.encode(image))
+    assert lazy.lazy  # and still as it was, for LeanSampler
+    assert all(p.dtype == dtype for p in lazy.unet.parameters())
+    assert torch.equal(quick.to(dtype=torch.float64).unet(x.double(), t, context.double()),
+                       loaded.to(dtype=torch.float64).unet(x.double(), t, context.double()))  # fmt: skip
+    plain = sd.fast(lazy, extra_memory=False)
+    assert {p.dtype for p in plain.unet.parameters()} == {torch.float32}
+    assert not lazy.lazy

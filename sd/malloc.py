@@ -1,0 +1,41 @@
+"""What the C library does with memory that is freed: `keep` it for the next call, or `trim` it, give it back.
+
+Matters on the CPU only. A network's call frees its activations and the next one asks for the same again. Given back
+to the system in between, they come as pages of 4 kB full of zeros: decoding a picture of 512 x 512 takes a third
+longer so (0.57 million page faults), and packing the UNet's weights for `sd.fast` three times as long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+
+import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+MOST = 2**31 - 1  # that mallopt can be told
+
+
+def keep() -> None:
+    """From now on freed memory stays with the process, and large tensors lie in pages of 2 MB.
+
+    For Linux with glibc; nothing elsewhere. PyTorch looks for the variable when it makes its first tensor, so the
+    pages are large only where this is called before that, as `artist` does. `trim` still gives memory back.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        with suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            for what, value in ((M_MMAP_THRESHOLD, MOST), (M_TRIM_THRESHOLD, MOST), (M_TOP_PAD, 1 << 26)):
+                mallopt(what, value)
+
+
+def trim() -> None:
+    """Give free memory back to the system, the C library's and CUDA's: between stages it is of no use to us."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
