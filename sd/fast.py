@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
+from .attention import SpatialTransformer, attention
+from .forwards import FORWARDS, alike_rows, fast_attention, shared_halves
 from .loader import StableDiffusion
 from .malloc import keep
-from .packed import Conv, Derived, Linear, full, onednn
 from .text import TextEncoder
 from .unet import Block, ResBlock, UNet
-from .unet import Upsample as UNetUpsample
-from .vae import AttnBlock, Decoder, Encoder, ResnetBlock
-from .vae import Upsample as VAEUpsample
-from .winograd import Norm, Winograd, direct
+from .vae import VAE, Decoder, Encoder
 
-TOKENS = 1024  # in a piece of the feed-forward
-SCORES = 1 << 20  # in a piece of attention
-MOMENTS = 1 << 19  # elements in a piece of a norm's statistics
 SMALL = 1 << 15  # elements of a weight that is converted at once
-CHANNELS = 64  # Winograd's transforms do not pay for convolutions with fewer
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,24 +43,27 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
     compile        on CUDA, torch.compile with mode="max-autotune", which takes minutes in the first call. The CPU
                    needs none, and takes no notice
 
-    A model that was loaded with `lazy=True` has its weights prepared right from the file: they are in memory once.
+    A model that was loaded with `lazy=True` has its weights prepared right from the file, so they are in memory once.
+    (Not so without extra_memory, or in another dtype: then it is loaded.)
 
     A hook on a convolution or product inside a block that is computed otherwise is not called: put it on the block,
-    or on the textbook model.
+    or on the textbook model. Changes of weights that PyTorch does not count (through `.data`, load_state_dict with
+    assign=True) are not noticed: take `fast` of the changed model. So too in place of a deepcopy.
     """
     if model.lazy and extra_memory and model.device.type == "cpu" and model.dtype == torch.float32:
         result = from_file(model)
     else:
         model = model.ready()
         result = model.with_parts(sharing(model.unet), sharing(model.vae), model.text)
-    if model.device.type == "cuda":
-        on_cuda(result, compile, extra_memory)
-    elif model.device.type == "cpu":
-        if extra_memory:
-            keep()
-        for part in (result.unet, result.vae):
-            if next(part.parameters()).dtype in (torch.float32, torch.float64):
-                on_cpu(part, extra_memory)
+    result.is_fast = True
+    for part in (result.unet, result.vae):
+        first = next(part.parameters())
+        if first.is_cuda:
+            on_cuda(part, compile, extra_memory)
+        elif first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
+            on_cpu(part, extra_memory)
+            if extra_memory:
+                keep()
     return result
 
 
@@ -84,7 +79,7 @@ def sharing(module: Module) -> Module:
 def from_file(model: StableDiffusion) -> StableDiffusion:
     """A lazy model as one of float32 whose large weights are still as they are in the file.
 
-    They are those of convolutions and products, which `Conv`, `Linear` and `Winograd` take in float32 (`full`), but
+    They are those of convolutions and products, which `Conv`, `Linear` and `Winograd` take in any dtype, but
     not of the time embedding: products of a row or two are not worth packing. Small ones are converted now; by the
     first of them in each part others tell what it computes in.
     """
@@ -102,324 +97,41 @@ def from_file(model: StableDiffusion) -> StableDiffusion:
     return result
 
 
-def on_cuda(model: StableDiffusion, compile: bool, extra_memory: bool) -> None:
+def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
     """Convolutions with channels last; compiled, elementwise work is fused and launched as CUDA graphs."""
-    for part in (model.unet, model.vae):
-        if extra_memory:  # a copy of the convolutions' weights
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if extra_memory:  # a copy of the convolutions' weights
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
-        model.unet.forward = torch.compile(model.unet.forward, mode="max-autotune")  # type: ignore[method-assign]
-        decoder = model.vae.decoder
-        decoder.forward = torch.compile(decoder.forward, mode="max-autotune")  # type: ignore[method-assign]
+        module = part if isinstance(part, UNet) else part.decoder
+        graph = torch.compile(module.forward, mode="max-autotune")
+        module.forward = lambda *args: graph(*args).clone()  # type: ignore[method-assign]  # the next call writes there
 
 
-def on_cpu(model: nn.Module, pack: bool) -> None:
-    """Give the modules of `model` their fast forwards."""
-    for module in model.modules():
+def on_cpu(part: UNet | VAE | nn.Module, pack: bool) -> None:
+    """Give the modules of `part` their fast forwards."""
+    for module in part.modules():
         if type(module) in FORWARDS:
-            module.forward = no_grad(FORWARDS[type(module)](module, pack))
+            module.forward = torch.no_grad()(FORWARDS[type(module)](module, pack))
         elif isinstance(module, UNet | Encoder | Decoder):
-            module.forward = no_grad(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
         if getattr(module, "attend", None) is attention:
             module.attend = fast_attention  # type: ignore[assignment]
-    if isinstance(model, UNet):
-        model.time_embed.forward = partial(alike_rows, model.time_embed)  # type: ignore[method-assign]
-        for block in model.input_blocks:
+    for last in (part.decoder, part.quant_conv) if isinstance(part, VAE) else (part,):
+        last.forward = channels_first(last.forward)  # type: ignore[method-assign]
+    if isinstance(part, UNet):
+        part.time_embed.forward = partial(alike_rows, part.time_embed)  # type: ignore[method-assign]
+        for block in part.input_blocks:
             assert isinstance(block, Block)
             block.forward = partial(shared_halves, block)  # type: ignore[method-assign]
             if any(isinstance(layer, SpatialTransformer) for layer in block):
                 break
 
 
-def no_grad(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.no_grad()(fn)
+def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What leaves the model lies in memory as the textbook's does."""
 
+    @wraps(forward)
+    def result(*args: Any) -> Tensor:
+        return forward(*args).contiguous()
 
-# ---- layouts: pixels with channels last are (B, H, W, C) in memory, whatever the order of the axes
-
-
-def nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-# ---- layers
-
-
-def linear(layer: nn.Linear, pack: bool) -> Linear:
-    return Linear(lambda: full(layer.weight), layer.weight, bias=bias_of(layer), pack=pack)
-
-
-def bias_of(layer: nn.Linear | nn.Conv2d) -> Callable[[], Tensor | None]:
-    return lambda: layer.bias  # asked for anew: `to` may have put another in its place
-
-
-class Conv3x3:
-    """A 3 x 3 convolution of padding 1, by Winograd where it pays.
-
-    F(4, 3) from 24 x 24 pixels on. Below, the many channels' weights count: F(2, 3) reads less than half of them, and
-    on the smallest images (8 x 8 in the UNet) the definition is as fast.
-    """
-
-    def __init__(self, layer: nn.Conv2d, pack: bool, upsample: bool = False):
-        weight, bias = layer.weight, layer.bias
-        assert bias is not None
-        self.wide = pack and min(weight.shape[:2]) >= CHANNELS
-        self.four, self.two = (Winograd(weight, bias, m, upsample) for m in (4, 2))
-        self.direct: Callable[[Tensor], Tensor]
-        if upsample:
-            self.direct = direct(layer, pack)
-        else:
-            self.direct = Conv(lambda: full(weight), weight, bias=bias_of(layer), padding=1, pack=pack)
-
-    def __call__(self, x: Tensor, norm: nn.GroupNorm | None = None, add: Tensor | None = None) -> Tensor:
-        """norm: it and SiLU come before the convolution; add: what comes after it. Pixels with channels last."""
-        pixels = x.shape[1] * x.shape[2]
-        if self.wide and pixels >= 12**2:
-            return (self.four if pixels >= 24**2 else self.two)(x, affine(x, norm) if norm else None, add)
-        y = self.direct(F.silu(group_norm(x, norm), inplace=True) if norm else x)
-        return y if add is None else y.add_(add)
-
-
-def conv(layer: nn.Conv2d, pack: bool) -> Callable[..., Tensor]:
-    """(B, H, W, C) -> (B, H', W', O)."""
-    stride, padding = layer.stride[0], layer.padding[0]
-    if (layer.kernel_size, stride, padding) == ((3, 3), 1, 1):
-        return Conv3x3(layer, pack)
-    weight = layer.weight
-    return Conv(lambda: full(weight), weight, bias=bias_of(layer), stride=stride, padding=int(padding), pack=pack)
-
-
-def group_norm(x: Tensor, layer: nn.GroupNorm) -> Tensor:
-    """Pixels with channels last. PyTorch's own of that layout takes the variance as a difference of means of squares,
-    which loses all digits where the mean is large: so it is given the other layout, or we do it ourselves.
-    """
-    if x.numel() < 1 << 20:
-        return nhwc(F.group_norm(nchw(x).contiguous(), layer.num_groups, layer.weight, layer.bias, layer.eps))
-    norm = affine(x, layer)
-    return torch.addcmul(norm.shift, x, norm.scale)
-
-
-def affine(x: Tensor, layer: nn.GroupNorm) -> Norm:
-    """The group norm of x (B, H, W, C) as a scale and a shift. Statistics in two passes, sums in float64."""
-    batch, channels, groups = len(x), x.shape[-1], layer.num_groups
-    flat = x.view(batch, -1, channels)
-    mean = flat.mean(1).double().view(batch, groups, -1).mean(-1)  # (B, groups)
-    center = mean.repeat_interleave(channels // groups, 1).to(x.dtype)
-    rows = max(1, MOMENTS // channels)
-    square = torch.zeros(batch, channels, dtype=torch.float64)
-    for b in range(batch):
-        for piece in flat[b].split(rows):
-            square[b] += (piece - center[b]).square_().sum(0)
-    # Of the mean as it was subtracted, which is rounded.
-    off = mean - center.double().view(batch, groups, -1)[..., 0]
-    var = square.view(batch, groups, -1).sum(-1) / (flat.shape[1] * channels // groups) - off.square()
-    rstd = (var + layer.eps).rsqrt().repeat_interleave(channels // groups, 1)
-    scale = layer.weight.detach().double() * rstd  # (B, C)
-    shift = layer.bias.detach().double() - mean.repeat_interleave(channels // groups, 1) * scale
-    scale, shift = (v.to(x.dtype).view(batch, 1, 1, channels) for v in (scale, shift))
-    return Norm(scale, shift)
-
-
-# ---- modules
-
-
-def conv_module(layer: nn.Conv2d, pack: bool) -> Callable[..., Tensor]:
-    compute = conv(layer, pack)
-    return lambda x: nchw(compute(nhwc(x)))
-
-
-def norm_module(layer: nn.GroupNorm, pack: bool) -> Callable[..., Tensor]:
-    return lambda x: nchw(group_norm(nhwc(x), layer))
-
-
-def linear_module(layer: nn.Linear, pack: bool) -> Callable[..., Tensor]:
-    return linear(layer, pack)
-
-
-def res_block(block: ResBlock, pack: bool) -> Callable[..., Tensor]:
-    norm1, norm2 = block.in_layers[0], block.out_layers[0]
-    conv1, conv2 = Conv3x3(block.in_layers[2], pack), Conv3x3(block.out_layers[3], pack)  # type: ignore[arg-type]
-    skip = block.skip_connection
-    shortcut = conv(skip, pack) if isinstance(skip, nn.Conv2d) else None
-
-    def forward(x: Tensor, emb: Tensor) -> Tensor:
-        x = nhwc(x)
-        h = conv1(x, norm1)  # type: ignore[arg-type]
-        h += block.emb_layers(emb)[:, None, None]
-        return nchw(conv2(h, norm2, shortcut(x) if shortcut else x))  # type: ignore[arg-type]
-
-    return forward
-
-
-def resnet_block(block: ResnetBlock, pack: bool) -> Callable[..., Tensor]:
-    conv1, conv2 = Conv3x3(block.conv1, pack), Conv3x3(block.conv2, pack)
-    skip = block.nin_shortcut
-    shortcut = conv(skip, pack) if isinstance(skip, nn.Conv2d) else None
-
-    def forward(x: Tensor) -> Tensor:
-        x = nhwc(x)
-        h = conv1(x, block.norm1)
-        return nchw(conv2(h, block.norm2, shortcut(x) if shortcut else x))
-
-    return forward
-
-
-def unet_upsample(block: UNetUpsample, pack: bool) -> Callable[..., Tensor]:
-    compute = Conv3x3(block.conv, pack, upsample=True)
-
-    def forward(x: Tensor, size: torch.Size) -> Tensor:
-        if tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
-            return nchw(compute(nhwc(x)))
-        return block.conv(F.interpolate(x, size=size, mode="nearest"))  # an odd size: its last row is seen once
-
-    return forward
-
-
-def vae_upsample(block: VAEUpsample, pack: bool) -> Callable[..., Tensor]:
-    compute = Conv3x3(block.conv, pack, upsample=True)
-    return lambda x: nchw(compute(nhwc(x)))
-
-
-def fast_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention`, a head and some queries at a time: scores stay in cache, and oneDNN computes the products."""
-    batch, heads, queries, dim = q.shape
-    if not onednn(q) or queries * k.shape[-2] * dim < 1 << 22:  # little work, which calls would outweigh
-        return attention(q, k, v)
-    rows = max(256, SCORES // k.shape[-2])
-    out = q.new_empty(batch, queries, heads, v.shape[-1])
-    product = torch.ops.mkldnn._linear_pointwise
-    for b in range(batch):
-        for h in range(heads):
-            scaled = q[b, h] * dim**-0.5
-            keys, values = k[b, h].contiguous(), v[b, h].T.contiguous()  # (S, D), (D, S)
-            if queries >= 8 * rows:
-                keys, values = (torch.ops.mkldnn._reorder_linear_weight(z, rows) for z in (keys, values))
-            for a in range(0, queries, rows):
-                scores = product(scaled[a : a + rows], keys, None, "none", [], "")
-                torch.softmax(scores, -1, out=scores)
-                out[b, a : a + rows, h] = product(scores, values, None, "none", [], "")
-    return out.transpose(1, 2)
-
-
-def cross_attention(block: CrossAttention, pack: bool) -> Callable[..., Tensor]:
-    to_q, to_k, to_v = (linear(layer, pack) for layer in (block.to_q, block.to_k, block.to_v))
-    seen: list[Tensor] = []  # the text that these are of
-
-    def text() -> tuple[Tensor, Tensor]:
-        return to_k(seen[0]), to_v(seen[0])
-
-    of_text = Derived(lambda _: text(), block.to_k.weight, block.to_v.weight)
-    count = 0
-
-    def forward(x: Tensor, context: Tensor | None = None) -> Tensor:
-        nonlocal count
-        if context is None:
-            k, v = to_k(x), to_v(x)
-        else:
-            # By content: the same tensor may hold another text next time. Comparing takes 0.1 ms.
-            if not (seen and seen[0].dtype == context.dtype and torch.equal(seen[0], context)):
-                seen[:], count = [context.clone()], count + 1
-            k, v = of_text(count)
-        q, k, v = (z.unflatten(-1, (block.heads, -1)).transpose(1, 2) for z in (to_q(x), k, v))
-        return block.to_out(block.attend(q, k, v).transpose(1, 2).flatten(2))
-
-    return forward
-
-
-def feed_forward(block: FeedForward, pack: bool) -> Callable[..., Tensor]:
-    """GEGLU and the projection after it, for some tokens at a time."""
-    proj, last = block.net[0].proj, block.net[2]
-    assert isinstance(proj, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    inner, weight = last.in_features, proj.weight
-    up = Linear(lambda: full(weight[:inner]), weight, bias=lambda: proj.bias[:inner], pack=pack)
-    gate = Linear(lambda: full(weight[inner:]), weight, bias=lambda: proj.bias[inner:], pack=pack)
-    down = linear(last, pack)
-
-    def forward(x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        pieces = tokens.chunk(-(-len(tokens) // TOKENS))
-        return torch.cat([down(gate(t, gelu=True).mul_(up(t))) for t in pieces]).view(x.shape)
-
-    return forward
-
-
-def spatial_transformer(block: SpatialTransformer, pack: bool) -> Callable[..., Tensor]:
-    proj_in, proj_out = one_by_one(block.proj_in, pack), one_by_one(block.proj_out, pack)
-
-    def forward(x: Tensor, context: Tensor) -> Tensor:
-        x = nhwc(x)
-        y = proj_in(group_norm(x, block.norm).flatten(1, 2))  # (B, h*w, C)
-        for layer in block.transformer_blocks:
-            # The first cross-attention is where the halves of guidance part: see `shared_halves`.
-            y = layer(y, context)
-        y = proj_out(y).view(len(y), *x.shape[1:])
-        return nchw(y + (x if len(x) == len(y) else x.repeat(len(y) // len(x), 1, 1, 1)))
-
-    return forward
-
-
-def one_by_one(layer: nn.Conv2d, pack: bool) -> Linear:
-    """A convolution of 1 x 1 on (..., C)."""
-    return Linear(lambda: full(layer.weight).flatten(1), layer.weight, bias=bias_of(layer), pack=pack)
-
-
-def transformer_block(block: BasicTransformerBlock, pack: bool) -> Callable[..., Tensor]:
-    def forward(x: Tensor, context: Tensor) -> Tensor:
-        x = block.attn1(block.norm1(x)).add_(x)
-        query = block.norm2(x)
-        if len(x) < len(context):  # both halves of guidance so far
-            x, query = (torch.cat([z] * (len(context) // len(x))) for z in (x, query))
-        x = block.attn2(query, context).add_(x)
-        return block.ff(block.norm3(x)).add_(x)
-
-    return forward
-
-
-def attn_block(block: AttnBlock, pack: bool) -> Callable[..., Tensor]:
-    q, k, v, proj_out = (one_by_one(layer, pack) for layer in (block.q, block.k, block.v, block.proj_out))
-
-    def forward(x: Tensor) -> Tensor:
-        x = nhwc(x)
-        y = group_norm(x, block.norm).flatten(1, 2)  # (B, h*w, C)
-        y = block.attend(*(layer(y).unsqueeze(1) for layer in (q, k, v))).squeeze(1)
-        return nchw(proj_out(y).view(x.shape).add_(x))
-
-    return forward
-
-
-def alike_rows(layers: nn.Sequential, wave: Tensor) -> Tensor:
-    """The time embedding, of one row where all are alike. Else rows of a product may differ in their last digit."""
-    if not torch.equal(wave, wave[:1].expand_as(wave)):
-        return nn.Sequential.forward(layers, wave)
-    return nn.Sequential.forward(layers, wave[:1]).expand(len(wave), -1)
-
-
-def shared_halves(block: Block, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
-    """A block before or at the first cross-attention: where both halves of the batch are alike, for one of them."""
-    half = len(x) // 2
-    alike = 2 * half == len(x) and torch.equal(x[:half], x[half:]) and torch.equal(emb[:half], emb[half:])
-    if not alike:
-        return Block.forward(block, x, emb, context, size)
-    y = Block.forward(block, x[:half], emb[:half], context, size)
-    return y if len(y) == len(x) else torch.cat([y, y])
-
-
-FORWARDS: dict[type, Callable[..., Callable[..., Tensor]]] = {
-    nn.Conv2d: conv_module,
-    nn.GroupNorm: norm_module,
-    nn.Linear: linear_module,
-    ResBlock: res_block,
-    ResnetBlock: resnet_block,
-    UNetUpsample: unet_upsample,
-    VAEUpsample: vae_upsample,
-    CrossAttention: cross_attention,
-    FeedForward: feed_forward,
-    SpatialTransformer: spatial_transformer,
-    BasicTransformerBlock: transformer_block,
-    AttnBlock: attn_block,
-}
+    return result

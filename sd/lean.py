@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .bands import Bands
-from .loader import StableDiffusion
+from .loader import StableDiffusion, refuse_fast
 from .malloc import trim
 from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, make_plan
 from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide
@@ -37,6 +37,7 @@ class LeanSampler(SimpleSampler):
     """
 
     def __init__(self, model: StableDiffusion, memory: str | int | None = None):
+        refuse_fast(model, "LeanSampler")
         self.base = anonymous()
         self.model = model
         self.memory = None if memory is None else bytes_of(memory)
@@ -143,7 +144,7 @@ class LeanSampler(SimpleSampler):
         Tensors of many sizes leave holes in it. Mapping each tensor on its own would avoid them, at the price of
         new pages for every tensor (a quarter of the speed); giving the holes back when they add up costs little.
         """
-        check = self.model.check_file  # reading a map beyond its file's end would end the process
+        check = self.model.check_file
         usual = limit = self.base + int(0.88 * peak)
 
         def tidy() -> None:

@@ -29,6 +29,8 @@ from .vae import VAE, VAEConfig
 class StableDiffusion:
     """The three parts of a model. `device` and `dtype` are the UNet's, `name` and `hash` tell which weights."""
 
+    is_fast = False  # of `sd.fast`: what the blocks compute is not what their parts say
+
     def __init__(
         self,
         unet: UNet,
@@ -42,6 +44,7 @@ class StableDiffusion:
         lazy: tuple[torch.device, torch.dtype] | None = None,
     ):
         self.unet, self.vae, self.text = unet, vae, text
+        self._mapped = lazy is not None  # whether weights are read from the file after loading
         self._lazy = lazy  # where and in what to compute, while the weights are still as they are in the file
         self.name = name
         self.size = size  # pixels along an edge that it was trained for
@@ -76,8 +79,12 @@ class StableDiffusion:
         return self._hash
 
     def check_file(self) -> None:
-        """Raise LoadError if the file that a lazy model computes from is gone, or has become shorter."""
-        for file, before in self._files.items() if self._lazy else ():
+        """Raise LoadError if the file that the model computes from is gone, or has become shorter.
+
+        That is a lazy model's, and so a fast one's that was made of it. Reading a map beyond its file's end would
+        end the process.
+        """
+        for file, before in self._files.items() if self._mapped else ():
             try:
                 size = os.stat(file).st_size
             except OSError:
@@ -105,10 +112,19 @@ class StableDiffusion:
         """Move or convert the three parts in place, and return the model."""
         if self._lazy is not None:
             device, dtype, self._lazy = device or self._lazy[0], dtype or self._lazy[1], None
+            self._mapped = False
         self.unet.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         self.text.to(device=device, dtype=dtype)
         return self
+
+
+def refuse_fast(model: StableDiffusion, who: str) -> None:
+    """Raise ValueError for a model of `sd.fast`: `who` works with the parts of blocks, which it does not call."""
+    if model.is_fast:
+        raise ValueError(
+            f"{who} takes the blocks apart, and those of sd.fast cannot be: give it the model from sd.load."
+        )
 
 
 def load(

@@ -15,21 +15,29 @@ from contextlib import suppress
 import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-MOST = 2**31 - 1  # that mallopt can be told
+MOST, MOST_BEFORE = 2**31 - 1, 1 << 25  # what glibc takes as a size; before 2.35, as that from which to map
 
 
 def keep() -> None:
-    """From now on freed memory stays with the process, and large tensors lie in pages of 2 MB.
+    """From now on freed memory stays with the process; `trim` still gives it back.
 
-    For Linux with glibc; nothing elsewhere. PyTorch looks for the variable when it makes its first tensor, so the
-    pages are large only where this is called before that, as `artist` does. `trim` still gives memory back.
+    For Linux with glibc, and for what its main thread makes; nothing elsewhere.
     """
     if sys.platform == "linux":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
-            for what, value in ((M_MMAP_THRESHOLD, MOST), (M_TRIM_THRESHOLD, MOST), (M_TOP_PAD, 1 << 26)):
-                mallopt(what, value)
+            if not mallopt(M_MMAP_THRESHOLD, MOST):
+                mallopt(M_MMAP_THRESHOLD, MOST_BEFORE)
+            mallopt(M_TRIM_THRESHOLD, MOST)
+            mallopt(M_TOP_PAD, 1 << 26)
+
+
+def large_pages() -> None:
+    """Large tensors lie in pages of 2 MB, on Linux. For PyTorch to see this, call it before the first tensor.
+
+    It is in the environment, so processes that are started from here do as well. What is set there already stays.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def trim() -> None:

@@ -76,20 +76,30 @@ def call_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in DEFAULTS if name not in others}
 
 
+def device_of(given: dict[str, Any]) -> str:
+    import torch
+
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launch.is_rank() else device
+
+
+def is_fast(given: dict[str, Any]) -> bool:
+    """Whether the drawing is by `sd.fast`: all that is not asked for otherwise, on a CPU."""
+    simple = given.get("variant", "simple") == "simple" and "exact" not in given
+    return simple and device_of(given).partition(":")[0] == "cpu"
+
+
 def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusion:
     import torch
 
     from .loader import check_device, load
+    from .malloc import keep, large_pages
 
     if is_fast(given):
-        from .malloc import keep
-
-        keep()  # before the first tensor
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and launch.is_rank():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        large_pages()
+        keep()
+    device, dtype = device_of(given), settings["dtype"]
     check_device(device)
-    dtype = settings["dtype"]
 
     def read() -> StableDiffusion:
         return load(
@@ -109,15 +119,6 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
 
         return load_together(read, torch.device(device))
     return read()
-
-
-def is_fast(given: dict[str, Any]) -> bool:
-    """Whether the drawing is by `sd.fast`: all that is not asked for otherwise, on a CPU."""
-    import torch
-
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = device.partition(":")[0] == "cpu"
-    return given.get("variant", "simple") == "simple" and "exact" not in given and on_cpu
 
 
 def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:

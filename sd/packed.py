@@ -26,26 +26,27 @@ def onednn(x: Tensor) -> bool:
     return here and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def full(weight: Tensor) -> Tensor:
-    """What is computed with: weights in half precision, as they are in a file, become float32."""
-    return weight.detach().float() if weight.itemsize < 4 else weight.detach()
-
-
 class Derived:
-    """Something made of weights on first use, and again when they, or what it is made for, have changed."""
+    """Something made of weights on first use, and again when they, or what it is made for, have changed.
+
+    Noticed are other memory, another dtype, and a change in place, but for one through `.data`.
+    """
 
     def __init__(self, make: Callable[..., Any], *weights: Tensor | None):
         self.make = make
         self.weights = [w for w in weights if w is not None]
-        self.stamp: tuple[Any, ...] | None = None
-        self.value: Any = None
+        self.kept: tuple[Any, Any] | None = None  # in one, so that no thread sees the one without the other
 
     def __call__(self, *key: Any) -> Any:
         stamp = (key, *((w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in self.weights))
-        if stamp != self.stamp:
-            self.value = None  # before the next is made: never two in memory
-            self.value, self.stamp = self.make(*key), stamp
-        return self.value
+        kept = self.kept
+        if kept is None or kept[0] != stamp:
+            self.kept = kept = None  # before the next is made: never two in memory
+            kept = self.kept = stamp, self.make(*key)
+        return kept[1]
+
+    def forget(self) -> None:
+        self.kept = None
 
 
 def nothing() -> None:
@@ -55,7 +56,7 @@ def nothing() -> None:
 class Linear:
     """x (..., K) -> x weight^T + bias (..., N), for weight (N, K). `gelu`: the exact GELU of that.
 
-    weight, bias   functions that give them, made of `sources`
+    weight, bias   functions that give them, made of `sources`; the weight in any dtype, as it is in a file
     pack           keep the weight in oneDNN's layout, which takes its memory once more
     """
 
@@ -66,14 +67,15 @@ class Linear:
         self.packed = Derived(self._pack, *sources)
 
     def _pack(self, rows: int) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(self.weight().contiguous(), rows)
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight().float().contiguous(), rows)
 
-    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, rows: int | None = None, gelu: bool = False) -> Tensor:
+        """rows: how many to pack for, where the next calls have more than this one."""
         flat = x.reshape(-1, x.shape[-1])
         if not onednn(x) or len(flat) < 16:  # a few rows: the time goes into reading the weight in any case
-            y = F.linear(x, self.weight(), self.bias())
+            y = F.linear(x, self.weight().to(x.dtype), self.bias())
             return F.gelu(y) if gelu else y
-        weight = self.packed(len(flat)) if self.pack else self.weight().contiguous()
+        weight = self.packed(rows or len(flat)) if self.pack else self.weight().to(x.dtype).contiguous()
         post: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
         y = torch.ops.mkldnn._linear_pointwise(flat, weight, self.bias(), *post)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -98,7 +100,7 @@ class Conv:
 
     def _pack(self, *shape: int) -> Tensor:
         around = [[n, n] for n in (self.padding, self.stride, 1)]
-        weight = self.weight().contiguous()
+        weight = self.weight().float().contiguous()
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *around, self.groups, list(shape))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -108,5 +110,5 @@ class Conv:
             rest = (self.bias(), *around, self.groups, "none", [], "")
             y = torch.ops.mkldnn._convolution_pointwise(y, self.packed(*y.shape), *rest)
         else:
-            y = F.conv2d(y, self.weight(), self.bias(), self.stride, self.padding, groups=self.groups)
+            y = F.conv2d(y, self.weight().to(x.dtype), self.bias(), self.stride, self.padding, groups=self.groups)
         return y.permute(0, 2, 3, 1).contiguous()

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .attention import SpatialTransformer, replaced
-from .loader import StableDiffusion
+from .loader import StableDiffusion, refuse_fast
 from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
 from .rows import rows_of_unet, rows_of_vae
 from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
@@ -106,6 +106,7 @@ class ParallelSampler(SimpleSampler):
     """
 
     def __init__(self, model: StableDiffusion, split: Mapping[str, int] | None = None, timeout: float = 20.0):
+        refuse_fast(model, "ParallelSampler")
         self.model = model.ready()
         self.asked = None if split is None else split_of(split)
         self.timeout = timeout

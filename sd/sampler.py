@@ -147,6 +147,7 @@ class SimpleSampler:
         steps = denoise(self.denoiser(request), x, request.scheduler, draw)
         while True:
             # Entered for each step, not around the loop: the caller's code runs between two steps.
+            self.model.check_file()
             with torch.no_grad():
                 step = next(steps, None)
                 if step is None:
@@ -250,6 +251,7 @@ class SimpleSampler:
         """Scaled latents (B, 4, h, w) -> pictures, as `output_type` says in `__call__`. One at a time."""
         if output_type == "latent":
             return latents
+        self.model.check_file()
         like = next(self.model.vae.parameters())  # may differ: the VAE in float32 beside a float16 UNet, or elsewhere
         images = torch.cat([self.model.vae.decode(z.to(like)) for z in latents.split(1)])
         return finished(images, output_type)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bands import halve
-from .packed import Conv, Derived, full, onednn
+from .packed import Conv, Derived, onednn
 
 POINTS = {  # (outputs, taps of the filter) along an edge: all points but infinity
     (4, 3): (0.0, 0.625, -0.625, 1.5, -1.5),
@@ -86,6 +86,11 @@ class Winograd:
         self.product = Conv(self.filters, weight, groups=self.groups)
         self.plain = Derived(self.filters, weight)  # where there is no oneDNN
 
+    def forget(self) -> None:
+        """Drop the prepared filters."""
+        self.product.packed.forget()
+        self.plain.forget()
+
     def _kron(self) -> tuple[Tensor, Tensor]:
         return self.to_points.to(self.bias), self.from_points.to(self.bias)
 
@@ -117,6 +122,7 @@ class Winograd:
         """norm: applied to x first; add: added to the result, and of its shape."""
         batch, height, width, channels = x.shape
         m, n, s = self.m, self.n, self.phases
+        assert add is None or s == 1
         down, across = -(-height // m), -(-width // m)  # tiles
         images, rows = 1, max(1, TILES // across)  # of tiles, in a band
         if rows >= down:
@@ -145,7 +151,7 @@ class Winograd:
                 result = pixels[:count].view(*shape, s, s, m, m, -1).permute(0, 1, 5, 3, 2, 6, 4, 7)
                 place = out[here, m * i : m * (i + rows)]
                 torch.add(result, self.bias, out=place.view(result.shape))
-                if add is not None and s == 1:
+                if add is not None:
                     valid = place[:, :, 0, :width, 0][:, : height - m * i]
                     valid.add_(add[here, m * i : m * (i + rows)])
         out = out.view(batch, s * m * down, s * m * across, -1)
@@ -177,7 +183,12 @@ def direct(layer: nn.Conv2d, pack: bool) -> Callable[[Tensor], Tensor]:
     weight = layer.weight
 
     def phase(p: int, q: int) -> Conv:
-        return Conv(lambda: halve(halve(full(weight), 2, p), 3, q), weight, bias=lambda: layer.bias, pack=pack)
+        return Conv(
+            lambda: halve(halve(weight.detach().to(layer.bias), 2, p), 3, q),
+            weight,
+            bias=lambda: layer.bias,
+            pack=pack,
+        )
 
     convs = [[phase(p, q) for q in (0, 1)] for p in (0, 1)]
 
