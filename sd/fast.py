@@ -117,7 +117,7 @@ def on_cpu(part: UNet | VAE | nn.Module, pack: bool) -> None:
         if getattr(module, "attend", None) is attention:
             module.attend = fast_attention  # type: ignore[assignment]
     for last in (part.decoder, part.quant_conv) if isinstance(part, VAE) else (part,):
-        last.forward = channels_first(last.forward)  # type: ignore[method-assign]
+        last.forward = channels_first(last.forward)
     if isinstance(part, UNet):
         part.time_embed.forward = partial(alike_rows, part.time_embed)  # type: ignore[method-assign]
         for block in part.input_blocks:

@@ -3,7 +3,8 @@
     python examples/lab/attention.py --count 200 --sheet maps.png
 
 Captions are drawn at random, and pictures that are wrong are left out. A shape word's top pixels are the brightest
-1 % of the picture in its map; of "background" they are the brightest 10 %. What is printed is the share of them on
+1 % of the picture in its map, and so are those of colour and shape together ("red star"); of "background" they are the
+brightest 10 %. What is printed is the share of them on
 the object (a ring's hole counts as the ring), beside the share that the object has of the picture: chance.
 """
 
@@ -25,8 +26,9 @@ from scenes import COLOURS, SHAPES, Scene, random_scene
 import sd
 
 # Where this model's words show best, found on 100 other captions (--seed 11): the last attention on the way up, two
-# of its four heads, while the picture is not yet settled; and for the background, on 14 in float32, the second one.
+# of its four heads, while the picture is not yet settled (for two words, in all steps); and for the background, on 14 in float32, the second one.
 SHAPE = {"layer": "output_blocks.3.*", "head": (1, 2), "step": range(25)}
+BOTH = {"layer": "output_blocks.3.*", "head": (1, 2)}
 BACKGROUND = {"layer": "output_blocks.1.*", "head": 1, "step": range(25)}
 
 
@@ -64,18 +66,17 @@ def measure(model: sd.StableDiffusion, scene: Scene, seed: int) -> tuple[Image.I
         return None
     either = np.any(wanted, axis=0)
     places = [tokens for word, tokens in maps.words() if word in SHAPES]
-    shapes = [
-        {
-            "kind": f"shape, {len(wanted)} object{'s' if len(wanted) > 1 else ''}",
-            "map": maps.tokens(tokens, **SHAPE),
-            "own": mask,
-            "any": either,
-            "part": 0.01,
-        }
+    number = f"{len(wanted)} object{'s' if len(wanted) > 1 else ''}"
+    objects_words = [
+        {"kind": f"{kind}, {number}", "map": values, "own": mask, "any": either, "part": 0.01}
         for tokens, mask in zip(places, wanted, strict=True)
+        for kind, values in (
+            ("shape", maps.tokens(tokens, **SHAPE)),
+            ("colour and shape", maps.tokens([tokens[0] - 1, *tokens], **BOTH)),
+        )
     ]
     ground = maps.word("background", **BACKGROUND)
-    return image, [*shapes, {"kind": '"background"', "map": ground, "own": either, "any": either, "part": 0.1}]
+    return image, [*objects_words, {"kind": '"background"', "map": ground, "own": either, "any": either, "part": 0.1}]
 
 
 def overlay(image: Image.Image, values: torch.Tensor) -> Image.Image:
@@ -106,10 +107,10 @@ def main() -> None:
             rows.setdefault(w["kind"], []).append((*shares, float(w["own"].mean())))
         shown += [image, *(overlay(image, w["map"]) for w in words)] if len(shown) < 24 else []
     print(f"{drawn} right pictures of {args.count} captions; share of a map's top pixels")
-    print(f"{'word':20} {'words':>5}  {'on its object':>13}  {'on any object':>13}  {'chance':>6}")
+    print(f"{'word':28} {'words':>5}  {'on its object':>13}  {'on any object':>13}  {'chance':>6}")
     for kind, found in sorted(rows.items()):
         own, either, chance = (100 * sum(column) / len(found) for column in zip(*found, strict=True))
-        print(f"{kind:20} {len(found):5}  {own:11.1f} %  {either:11.1f} %  {chance:4.1f} %")
+        print(f"{kind:28} {len(found):5}  {own:11.1f} %  {either:11.1f} %  {chance:4.1f} %")
     if args.sheet:
         sheet = Image.new("RGB", (128 * min(len(shown), 8), 128 * -(-len(shown) // 8)))
         for k, picture in enumerate(shown):
