@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 PROMPT = "a photograph of a horse"
 FAST: dict[str, dict[str, bool]] = {
@@ -55,8 +56,14 @@ def ours(task: str, peer: str, how: dict[str, Any]) -> Callable[..., Tensor]:
         part.to(how["device"], torch.float64)
         call = part if task == "unet" else model.vae.decode
         return lambda *given: call(*(v.double() for v in given))
-    model = sd.load(how["file"], device=how["device"], dtype=how["dtype"])
-    if peer in FAST:
+    plain = peer not in FAST
+    if peer == "fast" and how["device"] == "cpu":  # as `artist` does
+        from sd.malloc import keep, large_pages
+
+        large_pages()
+        keep()
+    model = sd.load(how["file"], device=how["device"], dtype=how["dtype"], lazy=not plain)
+    if not plain:
         from sd.fast import fast
 
         model = fast(model, **FAST[peer])
@@ -75,7 +82,11 @@ def diffusers(task: str, peer: str, how: dict[str, Any]) -> Callable[..., Tensor
     scale = model.config.scaling_factor if task == "vae" else 1.0
     forward = model if task == "unet" else model.decode
     if peer in COMPILE:
-        forward = torch.compile(forward, mode=COMPILE[peer])
+        compiled = torch.compile(forward, mode=COMPILE[peer])
+
+        def forward(*given: Tensor, **options: Any) -> tuple[Tensor]:
+            return (compiled(*given, **options)[0].clone(),)  # a CUDA graph writes the next result there
+
     if task == "vae":
         return lambda z: forward(z / scale, return_dict=False)[0]
     return lambda *given: forward(*given, return_dict=False)[0]
@@ -154,22 +165,35 @@ def one_call(task: str, peer: str, how: dict[str, Any]) -> dict[str, Any]:
 def picture(task: str, peer: str, how: dict[str, Any]) -> dict[str, Any]:
     """From nothing to a PNG; `marks` are moments by the system's clock, for the caller knows when it began.
 
-    With the task "first", it stops where the UNet would be called for the first time.
+    With the task "first", there are two: where the UNet is called for the first time, and where that call is done,
+    which is what counts where weights are prepared in it. It stops there.
     """
     marks: list[float] = []
 
+    def is_unet(module: torch.nn.Module) -> bool:
+        kind = type(module).__name__
+        return "UNet" in kind and "Block" not in kind
+
     def before(module: torch.nn.Module, args: Any) -> None:
         # The UNet itself, or, where a peer has another form of it, the first convolution: the text has none.
-        kind = type(module).__name__
-        if ("UNet" in kind and "Block" not in kind) or (not marks and "Conv" in kind):
+        if is_unet(module) or (not marks and "Conv" in type(module).__name__):
             marks.append(time.time())
-            if task == "first":
-                raise FirstCall
 
+    def after(module: torch.nn.Module, args: Any, out: Any) -> None:
+        if is_unet(module):
+            raise FirstCall
+
+    hooks = []
     if peer not in COMPILE:  # a compiled model would be compiled with the hook
-        torch.nn.modules.module.register_module_forward_pre_hook(before)
-    with suppress(FirstCall):
-        draw(peer, how, marks)
+        hooks.append(register_module_forward_pre_hook(before))
+        if task == "first":
+            hooks.append(register_module_forward_hook(after))
+    try:
+        with suppress(FirstCall):
+            draw(peer, how, marks)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {"times": {}, "marks": [*marks, time.time()]}
 
 

@@ -7,7 +7,8 @@
 
 Tasks:  unet     one call, full size, guidance on (a batch of 2); seconds after a first call, which warms up
         vae      one decode of a picture
-        first    from the start of the process to the first call of the UNet: imports, loading, the text
+        first    from the start of the process to the first call of the UNet: imports, loading, the text; and to the
+                 end of that call, in which sd.fast prepares its weights
         picture  from the start of the process to the PNG
 Peers:  textbook               SimpleSampler's modules; of a picture `artist --exact`
         fast                   sd.fast(model); of a picture `artist` as it is (on a GPU the textbook, so left out)
@@ -155,6 +156,8 @@ def measure(task: str, peers: list[str], how: dict, scratch: Path, args: argpars
         if "marks" in result:
             first, *_, end = (mark - result["start"] for mark in result["marks"])
             result["times"] = {"to the first call": [first]}
+            if task == "first":
+                result["times"] |= {"to its end": [end]}
             if task == "picture":
                 marks = result["marks"][:-1]
                 steps = [b - a for a, b in pairwise(marks)]
@@ -234,6 +237,8 @@ def table(task: str, entry: dict[str, Any]) -> str:
         times = runs[-1]["times"]
         ratio = f"{min(eager) / medians[peer]:.2f} x" if eager else ""
         note = f"{times['first call'][0]:.1f}" if "first call" in times else ""
+        if "to its end" in times:
+            note = f"to its end {harness.spread([s for r in runs for s in r['times']['to its end']])}"
         if "step" in times:
             note = f"step {harness.spread([s for r in runs for s in r['times']['step']])}"
         peak = max(run["peak"] for run in runs) / 1e6  # of the process, with the file's pages that it has read

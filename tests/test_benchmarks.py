@@ -138,15 +138,10 @@ def test_peers_compute_the_same(how, task, tmp_path):
 
 def test_the_picture_stops_at_the_first_call_if_told(how, tmp_path):
     out = tmp_path / "out.png"
-    hooks = torch.nn.modules.module._global_forward_pre_hooks
-    try:
-        first = peers.picture("first", "textbook", how | {"out": str(out)})
-        assert len(first["marks"]) == 2
-        assert not out.exists()
-        hooks.clear()
-        whole = peers.picture("picture", "textbook", how | {"out": str(out)})
-    finally:
-        hooks.clear()
+    first = peers.picture("first", "textbook", how | {"out": str(out)})
+    assert len(first["marks"]) == 2
+    assert not out.exists()
+    whole = peers.picture("picture", "textbook", how | {"out": str(out)})
     assert len(whole["marks"]) == 4 + 1  # PNDM's calls for 3 steps, and the end
     assert Image.open(out).size == (64, 64)
 

@@ -3,9 +3,9 @@
     python examples/lab/attention.py --count 200 --sheet maps.png
 
 Captions are drawn at random, and pictures that are wrong are left out. A shape word's top pixels are the brightest
-1 % of the picture in its map, and so are those of colour and shape together ("red star"); of "background" they are the
-brightest 10 %. What is printed is the share of them on
-the object (a ring's hole counts as the ring), beside the share that the object has of the picture: chance.
+1 % of the picture in its map, and so are those of colour and shape together ("red star"); of "background" they are
+the brightest 10 %. What is printed is the share of them on the object (a ring's hole counts as the ring), beside the
+share that the object has of the picture: chance.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from scenes import COLOURS, SHAPES, Scene, random_scene
 
 import sd
 
-# Where this model's words show best, found on 100 other captions (--seed 11): the last attention on the way up, two
-# of its four heads, while the picture is not yet settled (for two words, in all steps); and for the background, on 14 in float32, the second one.
+# Where words show best, found on other captions (100 of --seed 11): the last attention on the way up, two
+# of its four heads, while the picture is not yet settled (for two words together, in all steps); and for the
+# background, on 14 in float32, the second attention on the way up.
 SHAPE = {"layer": "output_blocks.3.*", "head": (1, 2), "step": range(25)}
 BOTH = {"layer": "output_blocks.3.*", "head": (1, 2)}
 BACKGROUND = {"layer": "output_blocks.1.*", "head": 1, "step": range(25)}
