@@ -32,6 +32,8 @@ DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
     "dtype": None,
 }
 
+LARGE = 100_000_000  # parameters of a UNet from which on sd.fast pays; with fewer it is no faster
+
 
 class CommandError(ValueError):
     """What is wrong with the command line, in one sentence."""
@@ -84,7 +86,7 @@ def device_of(given: dict[str, Any]) -> str:
 
 
 def is_fast(given: dict[str, Any]) -> bool:
-    """Whether the drawing is by `sd.fast`: all that is not asked for otherwise, on a CPU."""
+    """Whether the drawing is by `sd.fast`, if the model is large: all not asked for otherwise, on a CPU."""
     simple = given.get("variant", "simple") == "simple" and "exact" not in given
     return simple and device_of(given).partition(":")[0] == "cpu"
 
@@ -133,7 +135,8 @@ def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler
     from .fast import fast
     from .sampler import SimpleSampler
 
-    return SimpleSampler(fast(model) if is_fast(given) else model)
+    large = sum(p.numel() for p in model.unet.parameters()) >= LARGE
+    return SimpleSampler(fast(model) if large and is_fast(given) else model)
 
 
 def parse_split(text: str) -> dict[str, int]:

@@ -385,9 +385,12 @@ def test_the_builtin_model_draws_the_same_picture():
         assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
-def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys):
+def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys, monkeypatch):
+    from sd import options
     from sd.cli import main, make_sampler
 
+    assert make_sampler(tiny, {"device": "cpu"}).model is tiny  # too small to gain
+    monkeypatch.setattr(options, "LARGE", 1000)
     assert make_sampler(tiny, {"exact": True}).model is tiny
     quick = make_sampler(tiny, {"device": "cpu"}).model
     assert quick is not tiny
