@@ -85,6 +85,7 @@ def test_waiting_for_the_lock_is_not_counted(waits, tmp_path):
     assert result["start"] >= given_back[0]
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_is_ended_with_its_children(waits, tmp_path):
     with pytest.raises(harness.RunError, match="not done within 3 s"):
         harness.fresh(waits, "long", str(tmp_path / "pid"), lock=tmp_path / "lock", limit=3)

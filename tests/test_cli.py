@@ -77,6 +77,7 @@ def test_the_png_says_how_it_was_drawn(drawn):
     assert json.loads(text["sd"])["num_inference_steps"] == 4
 
 
+@pytest.mark.slow
 def test_again_draws_the_same_and_options_change_it(drawn, tmp_path):
     star = drawn[0] / "star.png"
     done = artist("--again", star, "-o", "same.png", cwd=tmp_path)
@@ -88,6 +89,7 @@ def test_again_draws_the_same_and_options_change_it(drawn, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+@pytest.mark.slow
 def test_several_pictures_are_numbered_and_take_the_next_seeds(drawn, tmp_path):
     done = artist(CAPTION, "--count", 2, "--steps", 4, "--seed", 2, "--negative", "black", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -162,6 +164,7 @@ def test_a_picture_without_settings_cannot_be_drawn_again(tmp_path, capsys):
     refused(["--again", tmp_path / "plain.png"], capsys, "does not say how it was drawn")
 
 
+@pytest.mark.slow
 def test_unknown_words_get_a_warning_that_names_them(tmp_path):
     done = artist("a red astronaut riding a horse", "--steps", 1, cwd=tmp_path)
     assert done.returncode == 0
@@ -170,6 +173,7 @@ def test_unknown_words_get_a_warning_that_names_them(tmp_path):
         assert word in warning
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_ends_at_once_and_keeps_finished_pictures(tmp_path):
     process = subprocess.Popen(

@@ -34,6 +34,7 @@ def test_readme(tmp_path, monkeypatch):
     assert Image.open("star.png").size == (128, 128)
 
 
+@pytest.mark.slow
 def test_steps(tmp_path):
     run(ROOT / "examples" / "steps.py", "a red star", "s.png", cwd=tmp_path)
     assert Image.open(tmp_path / "s.png").size == (8 * 128, 128)

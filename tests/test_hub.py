@@ -183,6 +183,7 @@ def test_the_tokenizer_of_clip_for_a_file_without(online):
     assert [n for n in online[1] if n.startswith(CLIP)] == [f"{CLIP}/merges.txt", f"{CLIP}/vocab.json"]
 
 
+@pytest.mark.slow
 def test_from_the_cache_alone(online, hub):
     calls = [["find", "a/tiny", {}], ["find", hub.checkpoint, {}], ["find", "a/gated", {}]]
     same, tokenizer_too, other = hub(*calls, HF_HUB_OFFLINE="1")
@@ -205,6 +206,7 @@ def test_no_tokenizer_to_be_had(hub):
         assert way in answer
 
 
+@pytest.mark.slow
 def test_refusals(hub):
     calls = [
         ["load", "a/none", {}],
@@ -229,6 +231,7 @@ def test_refusals(hub):
     assert (facts["kind"], set(facts["parts"])) == ("Stable Diffusion v1", {"unet", "vae", "text"})
 
 
+@pytest.mark.slow
 def test_a_token_opens_the_gate(online, hub):
     (answer,) = hub(["find", "a/gated", {"token": "hf_right"}], cache="gated")
     assert answer == online[0][0]

@@ -41,6 +41,7 @@ def least(sampler, **call):
     return plan.least(sampler.plan(["a", "b"], **call).job).peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["pndm", "ddim", "lms"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_the_picture_is_the_simple_sampler_s(source, cut, scheduler, guidance_scale):

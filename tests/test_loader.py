@@ -140,6 +140,7 @@ def test_a_converted_file_needs_nothing_else(tiny, ckpt, hub, tokenizer, tmp_pat
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_convert_to_half(tiny, ckpt, tokenizer, tmp_path):
     sd.convert(ckpt, tmp_path / "half.safetensors", dtype=torch.float16, tokenizer=tokenizer)
     model = sd.load(tmp_path / "half.safetensors", dtype=torch.float16)

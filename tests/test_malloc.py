@@ -40,6 +40,7 @@ def glibc():
     return sys.platform == "linux" and hasattr(malloc.ctypes.CDLL(None), "mallopt")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not glibc(), reason="for glibc on Linux")
 def test_freed_memory_is_kept_until_it_is_trimmed():
     clean = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}

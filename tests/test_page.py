@@ -123,6 +123,7 @@ def test_without_guidance_and_not_square(tiny):
         study_page(sd.SimpleSampler(tiny), ["st", "st"])
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     out, tensors = str(tmp_path / "r.html"), str(tmp_path / "t.safetensors")
     call = ["study", "a red star", "-o", out, "--steps", "2", "--trace", tensors]
@@ -142,6 +143,7 @@ def test_command(tmp_path, capsys):
     assert "cannot both be" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @in_browser
 def test_in_chromium(report, tmp_path):
     path, _data, _ = report
@@ -208,6 +210,7 @@ def test_in_chromium(report, tmp_path):
         assert b.console() == []
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_on_a_phone(report, tmp_path, dark):

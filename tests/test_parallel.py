@@ -30,6 +30,7 @@ def largest_difference(rank, splits, count):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, *(pytest.param(n, marks=SLOW) for n in (3, 4, 8))])
 def test_every_split_is_exact(world):
     splits = [
@@ -53,6 +54,7 @@ def counted(rank):
     return vars(sampler.traffic), sampler.plan("a", guidance_scale=4.0, height=64, width=64)
 
 
+@pytest.mark.slow
 def test_traffic_is_what_the_plan_says():
     for traffic, plan in in_world(2, counted):
         assert traffic["exchanges"] == plan.exchanges
@@ -81,6 +83,7 @@ def disagree(rank, what):
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["the weights", *(pytest.param(w, marks=SLOW) for w in ("the prompts", "the seeds", "the scheduler"))]
 )
@@ -100,6 +103,7 @@ def raises(rank):
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_is_an_error_on_the_others():
     with pytest.raises(AssertionError, match="rank 1"):  # SystemExit
         in_world(2, raises)

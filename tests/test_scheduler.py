@@ -119,6 +119,7 @@ def test_bits_with_eta(eta, dtype):
         assert_same(trajectory(DDIM(n, eta), x=start(dtype)), reference_trajectory(theirs, n, dtype, eta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 2e-6), (torch.float64, 5e-8)])
 def test_lms_trajectories(dtype, bar):
     theirs = reference("lms")
@@ -217,6 +218,7 @@ def test_every_count_is_usable(name):
             assert all(math.isfinite(c) for table in tables for row in table for c in row)
 
 
+@pytest.mark.slow
 @every_solver
 @given(n=counts, seed=st.integers(0, 2**32), schedule=st.sampled_from([V1, OTHER]))
 @settings(max_examples=25, deadline=None)

@@ -112,6 +112,7 @@ def test_the_negative_half_too(tiny):
     torch.testing.assert_close(first.tokens([1]), plain.tokens([1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_any_attention_inside_or_outside(tiny, chunk):
     with study.attention_maps(tiny) as wanted:
@@ -565,10 +566,10 @@ def test_the_shape_word_lies_on_the_shape(shapes):
     for i in range(6):
         result = lab.measure(shapes, scenes.random_scene(rng, pairs=0), i)
         if result:
-            _, (shape, background) = result
-            shares.append(lab.top_share(shape["map"], shape["own"], 0.01))
+            _, (shape, both, background) = result
+            shares += [lab.top_share(words["map"], words["own"], 0.01) for words in (shape, both)]
             ground.append(lab.top_share(background["map"], background["own"], 0.1))
-    assert len(shares) >= 4
+    assert len(ground) >= 4
     assert sum(shares) / len(shares) >= 0.85
     assert sum(ground) / len(ground) <= 0.1
 
