@@ -477,3 +477,33 @@ def test_memory_is_kept_only_where_more_is_allowed(tiny, extra_memory, monkeypat
     monkeypatch.setattr(fast_py, "keep", lambda: kept.append(1))
     sd.fast(tiny, extra_memory=extra_memory)
     assert bool(kept) == extra_memory
+
+
+@pytest.mark.parametrize("extra_memory", [True, False])
+def test_what_cuda_would_be_given(extra_memory, wide, monkeypatch):
+    """As far as a CPU can tell: the layout of the weights, what is compiled, and that no result is written over."""
+    buffers = {}
+
+    def compiled(forward, mode):  # as CUDA graphs do, gives the same memory each time
+        assert mode == "max-autotune"
+        return lambda *args: buffers.setdefault(forward, forward(*args)).copy_(forward(*args))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    quick = wide.with_parts(fast_py.sharing(wide.unet), fast_py.sharing(wide.vae), wide.text)
+    for part in (quick.unet, quick.vae):
+        fast_py.on_cuda(part, compile=True, extra_memory=extra_memory)
+    assert len(buffers) == 0
+    kernel = quick.unet.input_blocks[1][0].in_layers[2].weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == extra_memory
+    assert wide.unet.input_blocks[1][0].in_layers[2].weight.is_contiguous()
+    x, t, context = noise(2, 4, 12, 12), torch.tensor([5.0, 5.0]), noise(2, 77, 64)
+    for network, ours, inputs in (
+        (quick.unet, wide.unet, (x, t, context)),
+        (quick.vae.decode, wide.vae.decode, (x,)),
+    ):
+        first = network(*inputs)
+        kept = first.clone()
+        network(*(1 - z for z in inputs))
+        assert torch.equal(first, kept)
+        close(first, ours(*inputs))
+    assert len(buffers) == 2
