@@ -21,6 +21,7 @@ from .attention import SpatialTransformer, attention
 from .forwards import FORWARDS, alike_rows, fast_attention, shared_halves
 from .loader import StableDiffusion
 from .malloc import keep
+from .packed import onednn
 from .text import TextEncoder
 from .unet import Block, ResBlock, UNet
 from .vae import VAE, Decoder, Encoder
@@ -50,18 +51,20 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
     or on the textbook model. Changes of weights that PyTorch does not count (through `.data`, load_state_dict with
     assign=True) are not noticed: take `fast` of the changed model. So too in place of a deepcopy.
     """
-    if model.lazy and extra_memory and model.device.type == "cpu" and model.dtype == torch.float32:
+    packs = extra_memory and model.device.type == "cpu" and onednn(torch.empty(0, dtype=model.dtype))
+    if model.lazy and packs:
         result = from_file(model)
     else:
         model = model.ready()
         result = model.with_parts(sharing(model.unet), sharing(model.vae), model.text)
-    result.is_fast = True
     for part in (result.unet, result.vae):
         first = next(part.parameters())
         if first.is_cuda:
             on_cuda(part, compile, extra_memory)
+            result.is_fast |= compile
         elif first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
             on_cpu(part, extra_memory)
+            result.is_fast = True
             if extra_memory:
                 keep()
     return result
@@ -104,7 +107,7 @@ def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
     if compile:
         module = part if isinstance(part, UNet) else part.decoder
         graph = torch.compile(module.forward, mode="max-autotune")
-        module.forward = lambda *args: graph(*args).clone()  # type: ignore[method-assign]  # the next call writes there
+        module.forward = lambda *args, **kwargs: graph(*args, **kwargs).clone()  # type: ignore[method-assign]  # the next call writes there
 
 
 def on_cpu(part: UNet | VAE | nn.Module, pack: bool) -> None:
@@ -131,7 +134,7 @@ def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What leaves the model lies in memory as the textbook's does."""
 
     @wraps(forward)
-    def result(*args: Any) -> Tensor:
-        return forward(*args).contiguous()
+    def result(*args: Any, **kwargs: Any) -> Tensor:
+        return forward(*args, **kwargs).contiguous()
 
     return result

@@ -81,8 +81,8 @@ class StableDiffusion:
     def check_file(self) -> None:
         """Raise LoadError if the file that the model computes from is gone, or has become shorter.
 
-        That is a lazy model's, and so a fast one's that was made of it. Reading a map beyond its file's end would
-        end the process.
+        For a model that was loaded lazily, and a fast one that was made of it; others pass. Reading a map beyond its
+        file's end would end the process.
         """
         for file, before in self._files.items() if self._mapped else ():
             try:

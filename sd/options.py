@@ -100,7 +100,7 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
     from .loader import check_device, load
     from .malloc import keep, large_pages
 
-    if is_simple_on_cpu(given):  # the textbook, too, is a quarter faster for it
+    if is_simple_on_cpu(given):  # the textbook, too, is faster for it
         large_pages()
         keep()
     device, dtype = device_of(given), settings["dtype"]

@@ -137,10 +137,12 @@ def test_peers_compute_the_same(how, task, tmp_path):
         assert 0 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-5
 
 
-def test_the_picture_stops_at_the_first_call_if_told(how, tmp_path):
-    out = tmp_path / "out.png"
+def test_the_picture_stops_after_the_first_call_if_told(how, tmp_path, monkeypatch):
+    out, done, forward = tmp_path / "out.png", [], sd.UNet.forward
+    monkeypatch.setattr(sd.UNet, "forward", lambda *args: (forward(*args), done.append(1))[0])
     first = peers.picture("first", "textbook", how | {"out": str(out)})
     assert len(first["marks"]) == 2
+    assert done == [1]  # it was not only begun
     assert not out.exists()
     whole = peers.picture("picture", "textbook", how | {"out": str(out)})
     assert len(whole["marks"]) == 4 + 1  # PNDM's calls for 3 steps, and the end

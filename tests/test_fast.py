@@ -368,6 +368,8 @@ def test_half_precision_keeps_the_textbook(tiny):
     x = noise(1, 4, 8, 8, dtype=torch.bfloat16)
     t, context = torch.tensor([5.0]), noise(1, 77, 64, dtype=torch.bfloat16)
     assert torch.equal(quick.unet(x, t, context), model.unet(x, t, context))
+    assert not quick.is_fast
+    sd.LeanSampler(quick)
 
 
 def test_the_builtin_model_draws_the_same_picture():
@@ -431,6 +433,15 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
             alike(*(z.to(other) for z in (x, context, image)))
     plain = sd.fast(lazy, extra_memory=False)
     assert {p.dtype for p in plain.unet.parameters()} == {torch.float32}
+    assert not lazy.lazy
+
+
+def test_a_lazy_model_is_loaded_where_nothing_is_packed(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    sd.save(tiny, path, torch.float16)
+    monkeypatch.setattr(fast_py, "onednn", lambda x: False)
+    quick = sd.fast(sd.load(path, lazy=True, dtype=torch.float32))
+    assert {p.dtype for p in quick.unet.parameters()} == {torch.float32}
 
 
 def test_a_file_that_shrinks_while_it_is_in_use_ends_in_a_sentence(tiny, tmp_path):
@@ -453,7 +464,7 @@ def test_a_fast_model_is_refused_where_blocks_are_taken_apart(tiny):
 def test_results_lie_in_memory_as_the_textbooks(wide):
     quick = sd.fast(wide)
     x, t, context = noise(1, 4, 12, 12), torch.tensor([5.0]), noise(1, 77, 64)
-    assert quick.unet(x, t, context).is_contiguous()
+    assert quick.unet(x, t, context=context).is_contiguous()
     assert quick.vae.decode(x).is_contiguous()
     assert quick.vae.encode(noise(1, 3, 24, 24)).is_contiguous()
 
@@ -486,7 +497,7 @@ def test_what_cuda_would_be_given(extra_memory, wide, monkeypatch):
 
     def compiled(forward, mode):  # as CUDA graphs do, gives the same memory each time
         assert mode == "max-autotune"
-        return lambda *args: buffers.setdefault(forward, forward(*args)).copy_(forward(*args))
+        return lambda *args, **kwargs: buffers.setdefault(forward, forward(*args)).copy_(forward(*args, **kwargs))
 
     monkeypatch.setattr(torch, "compile", compiled)
     quick = wide.with_parts(fast_py.sharing(wide.unet), fast_py.sharing(wide.vae), wide.text)
