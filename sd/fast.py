@@ -107,7 +107,8 @@ def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
     if compile:
         module = part if isinstance(part, UNet) else part.decoder
         graph = torch.compile(module.forward, mode="max-autotune")
-        module.forward = lambda *args, **kwargs: graph(*args, **kwargs).clone()  # type: ignore[method-assign]  # the next call writes there
+        # A copy, because the next call writes its result to the same place.
+        module.forward = lambda *args, **kwargs: graph(*args, **kwargs).clone()  # type: ignore[method-assign]
 
 
 def on_cpu(part: UNet | VAE | nn.Module, pack: bool) -> None:

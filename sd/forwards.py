@@ -97,19 +97,24 @@ def group_norm(x: Tensor, layer: nn.GroupNorm) -> Tensor:
 
 
 def affine(x: Tensor, layer: nn.GroupNorm) -> Norm:
-    """The group norm of x (B, H, W, C) as a scale and a shift. Statistics in two passes, sums in float64."""
+    """The group norm of x (B, H, W, C) as a scale and a shift.
+
+    Moments of the distance to a value near the mean, so that no digits are lost; sums over pieces in float64.
+    """
     batch, channels, groups = len(x), x.shape[-1], layer.num_groups
     flat = x.view(batch, -1, channels)
-    mean = flat.mean(1).double().view(batch, groups, -1).mean(-1)  # (B, groups)
-    center = mean.repeat_interleave(channels // groups, 1).to(x.dtype)
+    near = flat.mean(1).view(batch, groups, -1).mean(-1)  # (B, groups), as exact as the dtype
+    center = near.repeat_interleave(channels // groups, 1)
     rows = max(1, MOMENTS // channels)
-    square = x.new_zeros(batch, channels, dtype=torch.float64)
+    first, second = x.new_zeros(2, batch, channels, dtype=torch.float64)
     for b in range(batch):
         for piece in flat[b].split(rows):
-            square[b] += (piece - center[b]).square_().sum(0)
-    # Of the mean as it was subtracted, which is rounded.
-    off = mean - center.double().view(batch, groups, -1)[..., 0]
-    var = square.view(batch, groups, -1).sum(-1) / (flat.shape[1] * channels // groups) - off.square()
+            distance = piece - center[b]
+            first[b] += distance.sum(0)
+            second[b] += distance.square_().sum(0)
+    count = flat.shape[1] * channels // groups
+    off, square = (z.view(batch, groups, -1).sum(-1) / count for z in (first, second))
+    mean, var = near.double() + off, square - off.square()
     rstd = (var + layer.eps).rsqrt().repeat_interleave(channels // groups, 1)
     scale = layer.weight.detach().double() * rstd  # (B, C)
     shift = layer.bias.detach().double() - mean.repeat_interleave(channels // groups, 1) * scale

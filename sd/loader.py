@@ -106,6 +106,7 @@ class StableDiffusion:
         """The same model by name and file, with these in place of its parts, as they are."""
         result = copy.copy(self)
         result.unet, result.vae, result.text, result._lazy = unet, vae, text, None
+        result.is_fast = False
         return result
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:

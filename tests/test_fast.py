@@ -149,6 +149,10 @@ def test_derived_is_not_half_made():
 
     kept = Derived(make)
     assert kept(2) == 2
+    before = []
+    other = Derived(lambda size: before.append(other.kept) or size)
+    assert [other(1), other(2)] == [1, 2]
+    assert before == [None, None]  # never two in memory
     with pytest.raises(KeyboardInterrupt):
         kept(1)
     assert kept(2) == 2
@@ -227,6 +231,9 @@ def test_norms_far_from_zero_keep_their_variance():
     close(F.silu(forwards.group_norm(x.double(), norm)), wanted, 1e-9)
     close(F.silu(x.double() * scale + shift), wanted, 1e-9)
     variances = [forwards.affine(z, norm.to(z.dtype)).scale.double() for z in (x, x.double())]
+    near = noise(1, 40, 30, 16, dtype=torch.float32) * 1e-5 + 30  # the mean's own rounding counts
+    norm = nn.GroupNorm(4, 16, eps=1e-13)
+    close(*(forwards.affine(z, norm.to(z.dtype)).scale.double() for z in (near, near.double())), 1e-4)
     close(*variances, 1e-4)  # by the mean of squares less the square of the mean: wrong by 1
 
 
@@ -459,6 +466,18 @@ def test_a_fast_model_is_refused_where_blocks_are_taken_apart(tiny):
         sd.LeanSampler(quick)
     with pytest.raises(ValueError, match="give it the model from"):
         sd.ParallelSampler(quick)
+
+
+def test_filters_of_another_size_are_dropped():
+    conv = forwards.Conv3x3(nn.Conv2d(64, 64, 3, padding=1), pack=True)
+
+    def prepared():
+        return [any(w.kept for w in (way.product.packed, way.plain)) for way in (conv.four, conv.two)]
+
+    conv(noise(1, 24, 24, 64, dtype=torch.float32))
+    assert prepared() == [True, False]
+    conv(noise(1, 16, 16, 64, dtype=torch.float32))
+    assert prepared() == [False, True]
 
 
 def test_results_lie_in_memory_as_the_textbooks(wide):
