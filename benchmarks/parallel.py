@@ -34,7 +34,7 @@ import torch
 threads, split, call = int(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(threads)
 import sd
-from sd.ranks import world
+from sd.parallel.ranks import world
 kind = sd.ParallelSampler if split else sd.SimpleSampler
 sampler = kind(sd.load(sys.argv[1]), split) if split else kind(sd.load(sys.argv[1]))
 context = torch.randn(2, 1, 77, 768, generator=torch.Generator().manual_seed(0))
@@ -215,7 +215,7 @@ def predict(height: int, width: int) -> None:
     import torch
 
     import sd
-    from sd.parallel import CUDA, Split, make_plan
+    from sd.parallel.sampler import CUDA, Split, make_plan
 
     with torch.device("meta"):
         unet = sd.UNet()

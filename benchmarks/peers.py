@@ -58,13 +58,13 @@ def ours(task: str, peer: str, how: dict[str, Any]) -> Callable[..., Tensor]:
         return lambda *given: call(*(v.double() for v in given))
     plain = peer not in FAST
     if peer == "fast" and how["device"] == "cpu":  # as `artist` does
-        from sd.malloc import keep, large_pages
+        from sd.speed.malloc import keep, large_pages
 
         large_pages()
         keep()
     model = sd.load(how["file"], device=how["device"], dtype=how["dtype"], lazy=not plain)
     if not plain:
-        from sd.fast import fast
+        from sd.speed.fast_model import fast
 
         model = fast(model, **FAST[peer])
     return model.unet if task == "unet" else model.vae.decode

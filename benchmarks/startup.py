@@ -21,7 +21,7 @@ RUNS = 5
 WRITE = """
 import sys, torch, sd
 from tests.layouts import full_size_tensors
-from sd.checkpoint import write_safetensors
+from sd.weights.checkpoint import write_safetensors
 write_safetensors(sys.argv[1], full_size_tensors(torch.float16))
 """
 LOAD = """

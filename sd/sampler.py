@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image import to_pil
-from .loader import StableDiffusion
+from .model import StableDiffusion
 from .scheduler import Scheduler, make_scheduler
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the noise in x

@@ -11,13 +11,20 @@ import torch
 from safetensors.torch import save_file
 
 import sd
-from sd import names
-from sd.reference import SMALL_TEXT as TEXT
-from sd.reference import SMALL_UNET as UNET
-from sd.reference import SMALL_VAE as VAE
-from sd.reference import bytes_to_letters, diffusers_unet, diffusers_vae, hub_tensors, random_tensors, tokenizer_files
-from sd.reference import random_model as make_model
+from sd.compare.reference import SMALL_TEXT as TEXT
+from sd.compare.reference import SMALL_UNET as UNET
+from sd.compare.reference import SMALL_VAE as VAE
+from sd.compare.reference import (
+    bytes_to_letters,
+    diffusers_unet,
+    diffusers_vae,
+    hub_tensors,
+    random_tensors,
+    tokenizer_files,
+)
+from sd.compare.reference import random_model as make_model
 from sd.text import TextConfig, text_shapes
+from sd.weights import names
 
 __all__ = ["TEXT", "UNET", "VAE", "bytes_to_letters", "diffusers_unet", "diffusers_vae", "hub_tensors", "make_model",
            "random_tensors", "tokenizer_files"]  # fmt: skip

@@ -8,7 +8,7 @@ from torch import nn
 
 import sd
 from sd.attention import chunked_attention
-from sd.bands import Bands, Choice, Gather, Given, Stored
+from sd.lean.bands import Bands, Choice, Gather, Given, Stored
 
 CHOICES = [Choice(True, True), Choice(False, True), Choice(True, False), Choice(False, False)]
 

@@ -21,8 +21,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sd import checkpoint
-from sd.checkpoint import CheckpointError, read, write_safetensors
+from sd.weights import checkpoint
+from sd.weights.checkpoint import CheckpointError, read, write_safetensors
 
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -550,7 +550,7 @@ def test_the_largest_pickle_costs_bounded_memory_and_time(tmp_path):
     """In a process with 3 GiB of address space and 60 s of processor time to spend."""
     path = pack(tmp_path / "a.ckpt", b"\x80\x02" + b"}" * (checkpoint.MAX_PICKLE - 2))
     code = (
-        "import resource, sys; from sd.checkpoint import *\n"
+        "import resource, sys; from sd.weights.checkpoint import *\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (3 << 30),) * 2)\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"

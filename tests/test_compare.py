@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import sd
-from sd import cli, reference
-from sd.compare import WHAT, compare_sources, compare_with_diffusers
-from sd.measure import Peak, pair, relative, weights_on_use, wrapped
-from sd.report import format_report
+from sd import cli
+from sd.compare import reference
+from sd.compare.comparison import WHAT, compare_sources, compare_with_diffusers
+from sd.compare.measure import Peak, pair, relative, weights_on_use, wrapped
+from sd.compare.report import format_report
 from tests.layouts import compvis_tensors, make_model, write_ckpt, write_tokenizer
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
@@ -151,7 +152,7 @@ def test_the_model_is_left_as_it_was(double):
 
 
 def test_diffusers_is_imported_only_by_who_compares():
-    code = "import sys, sd.compare, sd.reference, sd.measure; sys.exit('diffusers' in sys.modules)"
+    code = "import sys; from sd.compare import comparison, reference, measure; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -258,10 +259,10 @@ def test_other_forms_and_dtypes(two, tmp_path):
 def saved(model, path, change=lambda ours: None):
     """A self-contained file whose metadata are changed."""
     sd.save(model, path)
-    file = sd.checkpoint.read(path)
+    file = sd.weights.checkpoint.read(path)
     ours = json.loads(file.metadata["sd"])
     change(ours)
-    sd.checkpoint.write_safetensors(path, file.tensors, {"format": "pt", "sd": json.dumps(ours)})
+    sd.weights.checkpoint.write_safetensors(path, file.tensors, {"format": "pt", "sd": json.dumps(ours)})
     return path
 
 

@@ -15,17 +15,17 @@ from torch import nn
 
 import sd
 from sd.attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
-from sd.packed import Conv, Derived, Linear
+from sd.speed.packed import Conv, Derived, Linear
+from sd.speed.winograd import POINTS, Norm, Winograd, direct, transforms
 from sd.unet import ResBlock
 from sd.unet import Upsample as UNetUpsample
 from sd.vae import AttnBlock, ResnetBlock
 from sd.vae import Upsample as VAEUpsample
-from sd.winograd import POINTS, Norm, Winograd, direct, transforms
 from tests.layouts import make_model
 
 fast_py = inspect.getmodule(sd.fast)  # sd.fast is the function
-forwards = importlib.import_module("sd.forwards")
-winograd_py = importlib.import_module("sd.winograd")
+forwards = importlib.import_module("sd.speed.forwards")
+winograd_py = importlib.import_module("sd.speed.winograd")
 
 BOUND = {torch.float64: 1e-10, torch.float32: 5e-6}
 DTYPES = [torch.float64, torch.float32]
@@ -395,8 +395,8 @@ def test_the_builtin_model_draws_the_same_picture():
 
 
 def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys, monkeypatch):
-    from sd import options
-    from sd.cli import main, make_sampler
+    from sd.cli import main, options
+    from sd.cli.options import make_sampler
 
     assert make_sampler(tiny, {"device": "cpu"}).model is tiny  # too small to gain
     monkeypatch.setattr(options, "LARGE", 1000)
@@ -489,7 +489,9 @@ def test_results_lie_in_memory_as_the_textbooks(wide):
 
 
 def test_the_command_reads_lazily_where_it_is_fast_and_keeps_memory_where_it_is_simple(monkeypatch):
-    from sd import loader, malloc, options
+    from sd import loader
+    from sd.cli import options
+    from sd.speed import malloc
 
     seen = []
     monkeypatch.setattr(loader, "load", lambda *_, lazy, **__: seen.append(lazy))

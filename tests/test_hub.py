@@ -91,7 +91,7 @@ class Hub(BaseHTTPRequestHandler):
 DRIVER = """
 import hashlib, json, sys, sd
 from sd.loader import tokenizer_texts
-from sd.source import find
+from sd.weights.source import find
 for name, source, options in json.loads(sys.argv[1]):
     try:
         if name == "info":

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd import cli, launch
+from sd import cli
+from sd.parallel import launch
 from tests.worlds import free_port
 
 PROMPT = "a red star above a blue ring on a white background"

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import sd
-from sd import lean, plan
-from sd.lean import LeanUNet, large_weights
+from sd.lean import plan
+from sd.lean import sampler as lean
+from sd.lean.plan import bytes_of
+from sd.lean.sampler import LeanUNet, large_weights
+from sd.lean.stream import FORWARDS, Weights, streamed
 from sd.loader import save
-from sd.plan import bytes_of
-from sd.stream import FORWARDS, Weights, streamed
 from tests.layouts import TEXT, make_model
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 48, "width": 40, "seed": 5}

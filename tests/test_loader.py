@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sd
-from sd import names
-from sd.source import format_info
 from sd.text import TextConfig, text_shapes
+from sd.weights import names
+from sd.weights.source import format_info
 from tests.layouts import (
     compvis_tensors,
     diffusers_unet,

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sd import malloc
+from sd.speed import malloc
 
 CODE = """
 import json, resource, sys
-from sd.malloc import keep, large_pages, trim
+from sd.speed.malloc import keep, large_pages, trim
 import torch
 if "keep" in sys.argv: keep()
 if "large" in sys.argv: large_pages()

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import sd
-from sd import study
 from sd.cli import main
-from sd.page import SIDE, _nulls, study_page
+from sd import study
+from sd.study.page import SIDE, _nulls, study_page
 from tests.browser import CHROMIUM, DRIVER, browser
 from tests.layouts import make_model
 
@@ -93,8 +93,8 @@ def test_json_has_no_nan():
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "budget"), [(50, 400_000), (300, 400_000), (50, 15_000_000)])
 def test_size_is_bounded_in_steps(tiny, monkeypatch, steps, budget):
-    monkeypatch.setattr("sd.page.BUDGET", budget)
-    monkeypatch.setattr("sd.page.MARGIN", 150_000)
+    monkeypatch.setattr("sd.study.page.BUDGET", budget)
+    monkeypatch.setattr("sd.study.page.MARGIN", 150_000)
     page, record = study_page(sd.SimpleSampler(tiny), "a red star", num_inference_steps=steps, scheduler="ddim")
     data = data_of(page)
     assert len(page) <= budget

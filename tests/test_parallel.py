@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sd
-from sd.parallel import CPU, ParallelSampler, Split, deal, make_plan, work_of
-from sd.ranks import RankError, agree
+from sd.parallel.ranks import RankError, agree
+from sd.parallel.sampler import CPU, ParallelSampler, Split, deal, make_plan, work_of
 from tests.layouts import make_model
 from tests.worlds import in_world
 

@@ -43,7 +43,7 @@ def reference(model, prompt, **call):
         logits = torch.einsum("bhtd,bhsd->bhts", q.double(), k.double()) / q.shape[-1] ** 0.5
         half = logits.chunk(2)[1] if call.get("guidance_scale", 7.5) > 1 else logits
         found[next(names)].append(half.softmax(-1))
-        return sd.attention(q, k, v)
+        return sd.attention.attention(q, k, v)
 
     def begin(*_):
         nonlocal names
@@ -125,7 +125,7 @@ def test_any_attention_inside_or_outside(tiny, chunk):
         draw(tiny)
     with study.attention_maps(tiny) as outside, sd.use_attention(tiny.unet, cut):
         draw(tiny)
-    assert all(m.attend is sd.attention for m in tiny.unet.modules() if hasattr(m, "attend"))
+    assert all(m.attend is sd.attention.attention for m in tiny.unet.modules() if hasattr(m, "attend"))
     for maps in (inside, outside):
         torch.testing.assert_close(maps.word("star"), wanted.word("star"), atol=1e-5, rtol=0)
 
@@ -292,7 +292,7 @@ def test_nothing_is_left_behind(tiny, instrument):
     assert seen[-1] == 1
     assert hooks(tiny) == before
     assert "encode" not in vars(tiny.text)
-    assert all(m.attend is sd.attention for m in tiny.unet.modules() if hasattr(m, "attend"))
+    assert all(m.attend is sd.attention.attention for m in tiny.unet.modules() if hasattr(m, "attend"))
     gone = weakref.ref(kept)
     del maps, kept
     gc.collect()
@@ -462,7 +462,7 @@ def test_inference_mode(tiny):
 def test_maps_in_pieces_and_cells(tiny, monkeypatch):
     with study.attention_maps(tiny, self_attention=3) as wanted:
         draw(tiny, num_inference_steps=1)
-    monkeypatch.setattr(sd.maps, "SCORES", 1000)  # some queries of one head
+    monkeypatch.setattr(sd.study.maps, "SCORES", 1000)  # some queries of one head
     with study.attention_maps(tiny, self_attention=3, cells=4) as maps:
         draw(tiny, num_inference_steps=1)
     for layer in maps.layers:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "sd.parallel", "tests.layouts"])
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "sd.parallel.sampler", "tests.layouts"])
 
 
 def free_port() -> int:

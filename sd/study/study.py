@@ -27,15 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import __version__
-from .calls import Calls, find_word, model_of
-from .checkpoint import read, write_safetensors
-from .image import to_pil
-from .loader import StableDiffusion
-from .maps import AttentionMaps, Change, around_attention, attention_maps
-from .vae import VAE
-
-__all__ = ["AttentionMaps", "Here", "Trace", "attention_maps", "edit", "find_word", "latent_rgb", "names", "trace"]
+from .. import __version__
+from ..image import to_pil
+from ..model import StableDiffusion
+from ..vae import VAE
+from ..weights.checkpoint import read, write_safetensors
+from .calls import Calls, model_of
+from .maps import Change, around_attention
 
 # ---- edit
 

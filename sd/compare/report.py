@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..weights.names import PARTS
 from .measure import Row
-from .names import PARTS
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..model import StableDiffusion, refuse_fast
+from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide
+from ..speed.malloc import trim
+from ..unet import ResBlock, UNet, timestep_embedding
 from .bands import Bands
-from .loader import StableDiffusion, refuse_fast
-from .malloc import trim
 from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, make_plan
-from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide
 from .stream import Weights, streamed, weights_on
-from .unet import ResBlock, UNet, timestep_embedding
 
 
 class LeanSampler(SimpleSampler):

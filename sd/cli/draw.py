@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, launch
+from .. import __version__
+from ..files import check_output
+from ..parallel import launch
 from .commands import COMMANDS
 from .options import (
     DEFAULTS,
@@ -22,10 +24,9 @@ from .options import (
     make_sampler,
     parse_split,
 )
-from .outputs import check_output
 
 if TYPE_CHECKING:
-    from .sampler import SimpleSampler
+    from ..sampler import SimpleSampler
 
 
 def draw_parser() -> argparse.ArgumentParser:
@@ -62,7 +63,7 @@ def drawing(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a drawing: from the command line, else from the picture to draw again, else DEFAULTS."""
     settings = dict(DEFAULTS)
     if "again" in given:
-        from .image import read_settings
+        from ..image import read_settings
 
         again = read_settings(given["again"])
         settings |= {k: v for k, v in again.items() if k in DEFAULTS}
@@ -104,7 +105,7 @@ def check_variant(given: dict[str, Any]) -> None:
         if option in given and variant not in of:
             raise CommandError(f"--{option} is of --variant {' or '.join(of)} only: give that too.")
     if "memory" in given:
-        from .plan import bytes_of
+        from ..lean.plan import bytes_of
 
         bytes_of(given["memory"])
     if not 1 <= given.get("ranks", 1) <= 1024:
@@ -128,7 +129,7 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from .image import save_png
+    from ..image import save_png
 
     model = load_model(settings, given)
     known = settings.get("model_hash")
@@ -177,42 +178,8 @@ def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
 
 def at_once(sampler: SimpleSampler, count: int, prompt: str, call: dict[str, Any]) -> int:
     """How many pictures are drawn together: one, or as many as ranks deal out among them."""
-    from .parallel import ParallelSampler, world
+    from ..parallel.sampler import ParallelSampler, world
 
     if not isinstance(sampler, ParallelSampler):
         return 1
     return sampler.plan(prompt, num_images_per_prompt=min(count, world()[1]), **call).split.image
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(argv[0]) if argv else None
-    if argv and (command or argv[0] == "draw"):
-        argv.pop(0)
-    launch.enter()
-    warnings.showwarning = lambda message, *_: print(f"artist: warning: {message}", file=sys.stderr)
-    if launch.rank() > 0:
-        warnings.showwarning = lambda *_: None  # rank 0 says it
-    try:
-        if command:
-            command.run(command.parser().parse_args(argv))
-        else:
-            given = vars(draw_parser().parse_args(argv))
-            if not given:
-                draw_parser().print_help()
-                return 2
-            draw(given, argv)
-    except KeyboardInterrupt:
-        if not launch.is_rank():  # whoever started the ranks says it
-            print("\nartist: stopped.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:  # the library's own sentences, and the system's on files
-        if not launch.report(str(error)):
-            print(f"artist: error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except Exception as error:
-        if not launch.report(f"{type(error).__name__}: {error}"):  # a rank's, for whoever started it
-            raise
-        return 1
-    return 0

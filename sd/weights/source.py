@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import TextConfig, own_names, read_tokenizer
+from ..unet import UNet, UNetConfig
+from ..vae import VAE, VAEConfig
 from . import hub, names
 from .checkpoint import read
-from .text import TextConfig, own_names, read_tokenizer
-from .unet import UNet, UNetConfig
-from .vae import VAE, VAEConfig
 
-BUILT_IN = Path(__file__).with_name("shapes.safetensors")
+BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
 
 

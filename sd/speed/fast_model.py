@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attention import SpatialTransformer, attention
+from ..attention import SpatialTransformer, attention
+from ..model import StableDiffusion
+from ..text import TextEncoder
+from ..unet import Block, ResBlock, UNet
+from ..vae import VAE, Decoder, Encoder
 from .forwards import FORWARDS, alike_rows, fast_attention, shared_halves
-from .loader import StableDiffusion
 from .malloc import keep
 from .packed import onednn
-from .text import TextEncoder
-from .unet import Block, ResBlock, UNet
-from .vae import VAE, Decoder, Encoder
 
 SMALL = 1 << 15  # elements of a weight that is converted at once
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import GEGLU, FeedForward, replaced
-from .unet import ResBlock
+from ..attention import GEGLU, FeedForward, replaced
+from ..unet import ResBlock
 
 Part = tuple[Tensor, Any]  # a weight, and which part of it: an index
 Key = tuple[tuple[int, int], ...]

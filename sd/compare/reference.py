@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import names
-from .attention import SpatialTransformer
-from .loader import StableDiffusion
-from .text import TextConfig, TextEncoder, text_shapes
-from .unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
-from .vae import VAE, VAEConfig
+from ..attention import SpatialTransformer
+from ..model import StableDiffusion
+from ..text import TextConfig, TextEncoder, text_shapes
+from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
+from ..vae import VAE, VAEConfig
+from ..weights import names
 
 
 class CompareError(ValueError):

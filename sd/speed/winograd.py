@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bands import halve
+from ..lean.bands import halve
 from .packed import Conv, Derived, onednn
 
 POINTS = {  # (outputs, taps of the filter) along an edge: all points but infinity

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, attention
-from .vae import VAE, AttnBlock, Downsample, Mid, ResnetBlock, Upsample
+from ..attention import Attention, attention
+from ..vae import VAE, AttnBlock, Downsample, Mid, ResnetBlock, Upsample
 
 Weights = Callable[[nn.Module], tuple[Tensor, Tensor]]  # a layer's weight and bias, ready for computing
 

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..loader import build, check_device, check_dtype, load, read_config, tokenizer_texts
+from ..model import StableDiffusion
+from ..scheduler import SCHEDULERS, make_scheduler
+from ..text import TextEncoder
+from ..vae import VAE
+from ..weights.names import PARTS
+from ..weights.source import LoadError, Source, find, refuse_other_kinds
 from . import reference
-from .loader import StableDiffusion, build, check_device, check_dtype, load, read_config, tokenizer_texts
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
-from .names import PARTS
 from .reference import CompareError
 from .report import Change, Report
-from .scheduler import SCHEDULERS, make_scheduler
-from .source import LoadError, Source, find, refuse_other_kinds
-from .text import TextEncoder
-from .vae import VAE
 
 PROMPT = "a red star above a blue ring on a white background"
 WHAT = ("text", "unet", "vae", "schedulers")

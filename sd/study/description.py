@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import names
-from .loader import LoadError, StableDiffusion, read_config
-from .source import config_of, find, refuse_other_kinds
-from .text import TextConfig
-from .unet import Block as UNetBlock
-from .unet import UNet, UNetConfig
-from .vae import VAE, VAEConfig
+from ..loader import LoadError, read_config
+from ..model import StableDiffusion
+from ..text import TextConfig
+from ..unet import Block as UNetBlock
+from ..unet import UNet, UNetConfig
+from ..vae import VAE, VAEConfig
+from ..weights import names
+from ..weights.source import config_of, find, refuse_other_kinds
 
 ROWS = {  # the modules that are the lines of a table; between them they hold every parameter
     "text encoder": r"embeddings|encoder\.layers\.\d+|final_layer_norm",

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .attention import SpatialTransformer, replaced
-from .loader import StableDiffusion, refuse_fast
+from ..attention import SpatialTransformer, replaced
+from ..model import StableDiffusion, refuse_fast
+from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
+from ..unet import Downsample, UNet, Upsample
 from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
 from .rows import rows_of_unet, rows_of_vae
-from .sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
-from .unet import Downsample, UNet, Upsample
 
 
 class Split(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import check_output
 from .options import DEFAULTS, add_drawing_options, add_source_options, call_of, load_model, make_sampler
-from .outputs import check_output
 
 
 class Command(NamedTuple):
@@ -39,7 +39,7 @@ def convert_parser() -> argparse.ArgumentParser:
 def convert(args: argparse.Namespace) -> None:
     import torch
 
-    from .loader import convert as write
+    from ..loader import convert as write
 
     write(
         args.source,
@@ -68,8 +68,8 @@ def info_parser() -> argparse.ArgumentParser:
 
 
 def info(args: argparse.Namespace) -> None:
-    from .source import format_info
-    from .source import info as look
+    from ..weights.source import format_info
+    from ..weights.source import info as look
 
     print(format_info(look(args.source, revision=args.revision)))
 
@@ -119,8 +119,8 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError(f"--bound must be a number of at least 0, not {args.bound}.")
     if args.json:
         check_output(args.json, force=args.force)  # before any work is done
-    from .compare import compare_command
-    from .report import format_report, write_report
+    from ..compare.comparison import compare_command
+    from ..compare.report import format_report, write_report
 
     report = compare_command(args)
     print(format_report(report))
@@ -154,7 +154,7 @@ def describe_parser() -> argparse.ArgumentParser:
 def describe(args: argparse.Namespace) -> None:
     import torch
 
-    from .describe import describe as look
+    from ..study.description import describe as look
 
     if args.depth is not None and not args.tree:
         raise ValueError("--depth is of --tree only: give that too.")
@@ -197,7 +197,7 @@ def study(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .page import study_page, write_page
+    from ..study.page import study_page, write_page
 
     given = vars(args) | {"exact": True}  # the textbook, whose every module is called, not sd.fast
     settings, force = DEFAULTS | given, given.get("force", False)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ..unet import UNetConfig
+from ..vae import VAEConfig
 from .bands import Choice
-from .unet import UNetConfig
-from .vae import VAEConfig
 
 # Libraries' own on the CPU, measured: importing transformers' CLIP takes 112 MB (it brings torch.distributed, sympy
 # and, where there is one, scipy), the rest are kernels that oneDNN compiles, and their threads' heaps.

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .text import TextConfig
-from .unet import UNetConfig
-from .vae import VAEConfig
+from ..text import TextConfig
+from ..unet import UNetConfig
+from ..vae import VAEConfig
 
 Tensors = Mapping[str, Tensor]
 

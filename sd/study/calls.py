@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loader import StableDiffusion
-from .text import TextEncoder
+from ..model import StableDiffusion
 
 Encoded = list[tuple[list[str], Tensor]]  # texts, and their embeddings (texts, 77, C)
 KEPT = 16  # of these: somebody may encode texts all day long within one watch
@@ -151,45 +150,3 @@ class Calls:
         pairs = [(text, row) for texts, rows in told for text, row in zip(texts, rows, strict=True)]
         found = [next((text for text, row in pairs if same(row, r)), None) for r in context[-images:]]
         return [text for text in found if text is not None] if None not in found else None
-
-
-# ---- words
-
-
-def token_ids(text: TextEncoder, prompt: str) -> list[int]:
-    """The tokens of a prompt with start and end, cut as the encoder cuts it, not filled up."""
-    return text.tokenizer(prompt, truncation=True, max_length=text.config.max_position_embeddings).input_ids
-
-
-def words(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt in order, each with the positions of its tokens: [("a", [1]), ("red", [2]), ...]."""
-    result: list[tuple[str, list[int]]] = []
-    word: list[int] = []
-    ids = token_ids(text, prompt)[:-1]
-    for i, token in enumerate(text.tokenizer.convert_ids_to_tokens(ids)):
-        if i == 0:
-            continue  # the start
-        word.append(i)
-        if token.endswith("</w>") or i == len(ids) - 1:
-            result.append((text.tokenizer.decode([ids[k] for k in word]).strip(), word))
-            word = []
-    return result
-
-
-def find_word(text: TextEncoder, prompt: str, word: str, occurrence: int | None = None) -> list[int]:
-    """Where the tokens of a word, or of several that follow each other, stand among the 77 of a prompt.
-
-    occurrence: which one, from 0, where it is there more than once; all of them if not given.
-    Raises ValueError where the prompt does not have it, or not so often.
-    """
-    ids, wanted = token_ids(text, prompt)[1:-1], text.tokenizer(word).input_ids[1:-1]
-    ends = [token.endswith("</w>") for token in text.tokenizer.convert_ids_to_tokens(ids)]
-    found = [
-        list(range(i + 1, i + 1 + len(wanted)))
-        for i in range(len(ids))
-        if wanted and ids[i : i + len(wanted)] == wanted and (i == 0 or ends[i - 1])
-    ]
-    if not found or (occurrence is not None and not 0 <= occurrence < len(found)):
-        often = f"{word!r} {len(found)} times (count them from 0)" if found else f"no {word!r}"
-        raise ValueError(f"The prompt {prompt!r} has {often}: give a word of it as it is written there.")
-    return [i for places in found for i in places] if occurrence is None else found[occurrence]

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
-from .calls import Calls, find_word, model_of, words
+from ..attention import Attention
+from ..prompts.words import find_word, words
+from .calls import Calls, model_of
 
 Index = int | Iterable[int] | None  # one, several, or all
 SCORES = 1 << 22  # probabilities that are computed at once: 16 MB in float32

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
+from ..attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
+from ..unet import Block, ResBlock
+from ..unet import Upsample as UNetUpsample
+from ..vae import AttnBlock, ResnetBlock
+from ..vae import Upsample as VAEUpsample
 from .packed import Conv, Derived, Linear, onednn
-from .unet import Block, ResBlock
-from .unet import Upsample as UNetUpsample
-from .vae import AttnBlock, ResnetBlock
-from .vae import Upsample as VAEUpsample
 from .winograd import Norm, Winograd, direct
 
 TOKENS = 1024  # in a piece of the feed-forward

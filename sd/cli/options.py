@@ -9,11 +9,11 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import launch
+from ..parallel import launch
 
 if TYPE_CHECKING:
-    from .loader import StableDiffusion
-    from .sampler import SimpleSampler
+    from ..model import StableDiffusion
+    from ..sampler import SimpleSampler
 
 DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
     "prompt": None,
@@ -97,8 +97,8 @@ def is_fast(given: dict[str, Any]) -> bool:
 def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusion:
     import torch
 
-    from .loader import check_device, load
-    from .malloc import keep, large_pages
+    from ..loader import check_device, load
+    from ..speed.malloc import keep, large_pages
 
     if is_simple_on_cpu(given):  # the textbook, too, is faster for it
         large_pages()
@@ -120,7 +120,7 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
         )
 
     if given.get("variant") == "parallel":
-        from .parallel import load_together
+        from ..parallel.sampler import load_together
 
         return load_together(read, torch.device(device))
     return read()
@@ -128,15 +128,15 @@ def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusi
 
 def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:
     if given.get("variant") == "lean":
-        from .lean import LeanSampler
+        from ..lean.sampler import LeanSampler
 
         return LeanSampler(model, given.get("memory"))
     if given.get("variant") == "parallel":
-        from .parallel import ParallelSampler
+        from ..parallel.sampler import ParallelSampler
 
         return ParallelSampler(model, parse_split(given["split"]) if "split" in given else None)
-    from .fast import fast
-    from .sampler import SimpleSampler
+    from ..sampler import SimpleSampler
+    from ..speed.fast_model import fast
 
     large = sum(p.numel() for p in model.unet.parameters()) >= LARGE
     return SimpleSampler(fast(model) if large and is_fast(given) else model)

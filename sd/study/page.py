@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .calls import Calls, model_of, token_ids
-from .describe import describe
-from .image import to_pil
+from ..files import check_output
+from ..image import to_pil
+from ..prompts.words import token_ids
+from ..scheduler import V1, Scheduler
+from .calls import Calls, model_of
+from .description import describe
 from .maps import AttentionMaps, attention_maps
-from .outputs import check_output
-from .scheduler import V1, Scheduler
 from .study import Trace, to_rgb, trace
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CrossAttention, SpatialTransformer
+from ..attention import CrossAttention, SpatialTransformer
+from ..unet import Block, Downsample, ResBlock, UNet, Upsample
+from ..vae import VAE, AttnBlock, ResnetBlock
+from ..vae import Upsample as VAEUpsample
 from .ranks import Ranks
-from .unet import Block, Downsample, ResBlock, UNet, Upsample
-from .vae import VAE, AttnBlock, ResnetBlock
-from .vae import Upsample as VAEUpsample
 
 Span = tuple[int, int]
 Forwards = dict[nn.Module, Callable[..., Tensor]]
