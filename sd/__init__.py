@@ -71,7 +71,6 @@ __all__ = [
 ]
 
 
-
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(f"sd.{_HOME[name]}"), name)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import sd
-from sd.cli import main
 from sd import study
+from sd.cli import main
 from sd.study.page import SIDE, _nulls, study_page
 from tests.browser import CHROMIUM, DRIVER, browser
 from tests.layouts import make_model
