@@ -395,17 +395,18 @@ def test_the_builtin_model_draws_the_same_picture():
 
 
 def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys, monkeypatch):
-    from sd.cli import main, options
-    from sd.cli.options import make_sampler
+    from sd.cli import drawing, main
+    from sd.cli.drawing import Drawing, make_sampler
 
-    assert make_sampler(tiny, {"device": "cpu"}).model is tiny  # too small to gain
-    monkeypatch.setattr(options, "LARGE", 1000)
-    assert make_sampler(tiny, {"exact": True}).model is tiny
-    quick = make_sampler(tiny, {"device": "cpu"}).model
+    quickly, exactly = Drawing("a red star", device="cpu"), Drawing("a red star", device="cpu", exact=True)
+    assert make_sampler(tiny, quickly).model is tiny  # too small to gain
+    monkeypatch.setattr(drawing, "LARGE", 1000)
+    assert make_sampler(tiny, exactly).model is tiny
+    quick = make_sampler(tiny, quickly).model
     assert quick is not tiny
     assert all("forward" in m.__dict__ for m in quick.unet.modules() if isinstance(m, ResBlock))
     assert main(["a red star", "--variant", "lean", "--exact"]) == 2
-    assert "--exact is of --variant simple" in capsys.readouterr().err
+    assert "--exact only works with --variant simple" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -490,16 +491,16 @@ def test_results_lie_in_memory_as_the_textbooks(wide):
 
 def test_the_command_reads_lazily_where_it_is_fast_and_keeps_memory_where_it_is_simple(monkeypatch):
     from sd import loader
-    from sd.cli import options
+    from sd.cli.drawing import Drawing, load_model
     from sd.speed import malloc
 
     seen = []
     monkeypatch.setattr(loader, "load", lambda *_, lazy, **__: seen.append(lazy))
     for name in ("keep", "large_pages"):
         monkeypatch.setattr(malloc, name, lambda name=name: seen.append(name))
-    options.load_model(options.DEFAULTS, {"device": "cpu"})
-    options.load_model(options.DEFAULTS, {"device": "cpu", "exact": True})
-    options.load_model(options.DEFAULTS, {"device": "cpu", "variant": "lean"})
+    load_model(Drawing("a red star", device="cpu"))
+    load_model(Drawing("a red star", device="cpu", exact=True))
+    load_model(Drawing("a red star", device="cpu", variant="lean"))
     assert seen == ["large_pages", "keep", True, "large_pages", "keep", False, True]
 
 

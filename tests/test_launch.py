@@ -130,7 +130,7 @@ def test_two_machines(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--ranks", "2"], "--variant parallel only"),
+        (["--ranks", "2"], "--ranks only works with --variant parallel"),
         (["--variant", "parallel", "--ranks", "0"], "from 1 to 1024"),
         (["--variant", "parallel", "--split", "columns=2"], "like image=2"),
         (["--variant", "parallel", "--split", "rows=two"], "like image=2"),

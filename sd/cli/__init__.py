@@ -1,45 +1,75 @@
-"""The command `artist`. Nothing that imports torch is imported before it is needed."""
+"""The command `artist`: one file a command. Nothing that imports torch is imported before it is needed."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..parallel import launch
-from .commands import COMMANDS
-from .draw import draw, draw_parser
+from . import compare, convert, describe, draw, info, study
+from .options import CommandError
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {  # from arguments to the exit code
+    "draw": draw.run,
+    "study": study.run,
+    "describe": describe.run,
+    "info": info.run,
+    "compare": compare.run,
+    "convert": convert.run,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(argv[0]) if argv else None
-    if argv and (command or argv[0] == "draw"):
-        argv.pop(0)
     launch.enter()
-    warnings.showwarning = lambda message, *_: print(f"artist: warning: {message}", file=sys.stderr)
-    if launch.rank() > 0:
-        warnings.showwarning = lambda *_: None  # rank 0 says it
-    try:
-        if command:
-            command.run(command.parser().parse_args(argv))
-        else:
-            given = vars(draw_parser().parse_args(argv))
-            if not given:
-                draw_parser().print_help()
-                return 2
-            draw(given, argv)
-    except KeyboardInterrupt:
-        if not launch.is_rank():  # whoever started the ranks says it
-            print("\nartist: stopped.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:  # the library's own sentences, and the system's on files
-        if not launch.report(str(error)):
-            print(f"artist: error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except Exception as error:
-        if not launch.report(f"{type(error).__name__}: {error}"):  # a rank's, for whoever started it
-            raise
-        return 1
-    return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = say_warning
+        try:
+            return dispatch(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            if not launch.is_rank():  # whoever started the ranks says it
+                print("\nartist: stopped.", file=sys.stderr)
+            return 130
+        except (ValueError, OSError) as error:  # the library's own sentences, and the system's on files
+            if not launch.report(str(error)):
+                print(f"artist: error: {error}", file=sys.stderr)
+            return getattr(error, "code", 2)
+        except Exception as error:
+            if not launch.report(f"{type(error).__name__}: {error}"):  # a rank's, for whoever started it
+                raise
+            return 1
+
+
+def dispatch(words: list[str]) -> int:
+    """Run the command that the first word names; else the words are a drawing."""
+    if words and words[0] == "help":
+        about = words[1] if len(words) > 1 else "draw"
+        if about in COMMANDS:
+            return COMMANDS[about](["--help"])
+        refuse_near_misses(about)
+        raise CommandError(f"There is no command {about!r}: the commands are {', '.join(COMMANDS)}.")
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    if words:
+        refuse_near_misses(words[0])
+    return draw.run(words)
+
+
+def refuse_near_misses(word: str) -> None:
+    """Raise CommandError for a word that looks like a mistyped command: to draw it would be a surprise."""
+    if word.isalpha() and word not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(word.lower(), [*COMMANDS, "help"], 1, cutoff=0.75)
+        if near:
+            hint = f"did you mean 'artist {near[0]}'? To draw that word: artist draw {word}."
+            raise CommandError(f"There is no command {word!r}; {hint}")
+
+
+def say_warning(message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+):
+    if launch.rank() == 0:  # of several ranks, the first one says it
+        print(f"artist: warning: {message}", file=sys.stderr)

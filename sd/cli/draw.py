@@ -1,185 +1,194 @@
-"""The command `artist`. Nothing that imports torch is imported before it is needed."""
+"""`artist PROMPT`, also `artist draw PROMPT`: settle what is drawn and where it goes, load, draw, write."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..files import check_output
 from ..parallel import launch
-from .commands import COMMANDS
-from .options import (
-    DEFAULTS,
-    CommandError,
-    add_drawing_options,
-    add_source_options,
-    call_of,
-    load_model,
-    make_sampler,
-    parse_split,
-)
+from . import compare, convert, describe, info, study
+from .drawing import Drawing, drawing_of, load_model, make_sampler, settings_used
+from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of, split, whole
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..sampler import SimpleSampler
 
+VARIANTS = {"memory": ("lean",), "plan": ("lean", "parallel"), "exact": ("simple",), "ranks": ("parallel",),
+            "split": ("parallel",)}  # fmt: skip  # options that only work with some
 
-def draw_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="artist",
-        description="Draw a picture from a text: with Stable Diffusion v1, or the small built-in model.",
-        epilog="Other commands, which answer --help: "
-        + "; ".join(f"artist {name}, {command.what}" for name, command in COMMANDS.items())
-        + ". A prompt that is one of these words: artist draw PROMPT.",
-        argument_default=argparse.SUPPRESS,
+
+def parser() -> Parser:
+    others = {"study": study, "describe": describe, "info": info, "compare": compare, "convert": convert}
+    epilog = ["other commands; artist help NAME tells more about each:"]
+    epilog += [f"  artist {name:10}{command.SUMMARY}" for name, command in others.items()]
+    epilog += ["To draw a single word that is the name of a command, or looks like one: artist draw WORD."]
+    what = "Draw a picture from a text, with Stable Diffusion v1 or with the small built-in model."
+    result = Parser("artist", what, "\n".join(epilog))
+    result.too_many = 'A prompt of several words needs quotation marks: artist "a red star".'
+    result.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help='What to draw: "a red star above a blue ring on a white background".',
     )
-    add = parser.add_argument
-    add("prompt", nargs="?", help='what to draw: "a red star above a blue ring on a white background"')
-    add("-o", "--output", metavar="PNG", help="file or folder; else the first free artist-001.png")
-    add("--count", type=int, metavar="N", help="how many pictures; 1")
-    add("--again", metavar="PNG", help="draw a picture of `artist` again; other options change it")
+    result.add_argument("--version", action="version", version=f"artist {__version__}")
+    add_drawing_options(result)
+    add = result.add_argument_group("how many pictures, and their names").add_argument
+    add("-o", "--output", metavar="PNG", help="A file, or a folder. Default: the first free artist-001.png.")
+    add("--count", type=whole(1, 10_000), metavar="N", help="How many pictures to draw. Default: 1.")
+    add("--again", metavar="PNG", help="Draw a picture that artist drew before; other options change it.")
+    add = result.add_argument_group("how the work is done").add_argument
+    add("--variant", type=one_of("simple", "lean", "parallel"), metavar="NAME", help="simple; lean, which takes "
+        "little memory; or parallel, which shares the work among several processes. Default: simple.")  # fmt: skip
+    add("--exact", action="store_true", help="For simple on a CPU: compute exactly as the textbook code does. This "
+        "is slower than the default for large models, and takes less memory.")  # fmt: skip
+    add("--memory", metavar="SIZE", help="For lean: the most memory to take, for example 600MB or 1.5GB. Default: "
+        "most of what is free.")  # fmt: skip
+    add("--ranks", type=whole(1, 1024), metavar="N", help="For parallel: how many processes to start on this "
+        "machine. Leave it out under torchrun.")  # fmt: skip
+    add("--split", type=split, metavar="SPLIT", help="For parallel: how to divide the work, for example "
+        "image=2,guidance=2,rows=1. Default: the fastest way.")  # fmt: skip
     add(
-        "--variant",
-        choices=["simple", "lean", "parallel"],
-        help="simple; lean, in little memory; parallel, over ranks",
+        "--plan", action="store_true", help="For lean and parallel: say how the work would be done, and draw nothing."
     )
-    add("--memory", metavar="SIZE", help="what lean may take: 600MB, 1.5GB; most of what is free")
-    add("--ranks", type=int, metavar="N", help="how many processes parallel starts here; under torchrun, not needed")
-    add("--split", metavar="SPLIT", help="how parallel splits the work, as image=2,guidance=2,rows=1; as is fastest")
-    add("--plan", action="store_true", help="say how lean or parallel would go about it; draw nothing")
-    add("--exact", action="store_true", help="simple by the textbook, not by sd.fast: slower, in less memory")
-    add("--version", action="version", version=f"artist {__version__}")
-    add_drawing_options(parser)
-    add_source_options(parser)
-    return parser
+    add_source_options(result)
+    return result
 
 
-def drawing(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a drawing: from the command line, else from the picture to draw again, else DEFAULTS."""
-    settings = dict(DEFAULTS)
-    if "again" in given:
-        from ..image import read_settings
+def run(arguments: Sequence[str]) -> int:
+    if not arguments:
+        parser().print_help()
+        return 2
+    drawing = settle(parser().parse(arguments))
+    leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
+    paths = outputs(drawing) if leads and not drawing.plan else []  # before any work is done
+    if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
+        launch.launch(arguments, drawing.ranks)
+        return 0
+    sampler = prepare(drawing)
+    if drawing.plan:
+        text = say_plan(sampler, drawing)
+        if leads:
+            print(text)
+        return 0
+    for drawn in draw(sampler, drawing, show=leads and not drawing.quiet):
+        if leads:
+            write(drawn, paths[drawn.number], force=drawing.force)
+    return 0
 
-        again = read_settings(given["again"])
-        settings |= {k: v for k, v in again.items() if k in DEFAULTS}
-        if "model" not in given:
-            settings["model_hash"] = again.get("model_hash")
-    settings |= {k: v for k, v in given.items() if k in DEFAULTS}
-    if settings["prompt"] is None:
-        raise CommandError('There is nothing to draw: give a prompt, as in artist "a red star".')
-    return settings
+
+# ---- what is drawn, and where it goes
 
 
-def outputs(given: dict[str, Any], count: int) -> list[Path]:
-    """Where the pictures go; checked before any work is done."""
-    output = Path(given.get("output", "."))
-    folder = output if output.is_dir() else output.parent
+def settle(given: Mapping[str, Any]) -> Drawing:
+    """The drawing that is asked for. Raises ValueError for options that do not fit together."""
+    drawing = drawing_of(given)
+    for option, variants in VARIANTS.items():
+        if option in given and drawing.variant not in variants:
+            known = f"--{option} only works with --variant {' or '.join(variants)}"
+            if "variant" in given:
+                raise CommandError(f"{known}, and you asked for --variant {drawing.variant}: leave one of them out.")
+            raise CommandError(f"{known}: add that, or leave --{option} out.")
+    if drawing.memory is not None:
+        from ..lean.plan import bytes_of
+
+        bytes_of(drawing.memory)
+    return drawing
+
+
+def outputs(drawing: Drawing) -> list[Path]:
+    """The files that will be written. Raises ValueError where one of them cannot be."""
+    output = Path(drawing.output or ".")
     if output.is_dir():
-        free = (folder / f"artist-{n:03d}.png" for n in range(1, 1_000_000))
-        paths = [p for p, _ in zip((p for p in free if not p.exists()), range(count), strict=False)]
+        free = (path for n in range(1, 1_000_000) if not (path := output / f"artist-{n:03d}.png").exists())
+        paths = [path for path, _ in zip(free, range(drawing.count), strict=False)]
+    elif output.suffix.lower() != ".png":
+        raise CommandError(f"{output} cannot be written: pictures are PNG files, so name it {output.stem}.png.")
+    elif drawing.count == 1:
+        paths = [output]
     else:
-        if output.suffix.lower() != ".png":
-            raise CommandError(f"{output} cannot be written: pictures are PNG, so name it {output.stem}.png.")
-        names = [output.stem] if count == 1 else [f"{output.stem}-{k + 1}" for k in range(count)]
-        paths = [folder / f"{name}{output.suffix}" for name in names]
+        paths = [output.with_name(f"{output.stem}-{k + 1}{output.suffix}") for k in range(drawing.count)]
     for path in paths:
-        check_output(path, force=given.get("force", False))
+        check_output(path, force=drawing.force)
     return paths
 
 
-def check_variant(given: dict[str, Any]) -> None:
-    """Options that are of some variants only, before anything is loaded."""
-    variant = given.get("variant", "simple")
-    for option, of in (
-        ("memory", ["lean"]),
-        ("plan", ["lean", "parallel"]),
-        ("exact", ["simple"]),
-        ("ranks", ["parallel"]),
-        ("split", ["parallel"]),
-    ):
-        if option in given and variant not in of:
-            raise CommandError(f"--{option} is of --variant {' or '.join(of)} only: give that too.")
-    if "memory" in given:
-        from ..lean.plan import bytes_of
-
-        bytes_of(given["memory"])
-    if not 1 <= given.get("ranks", 1) <= 1024:
-        raise CommandError(f"--ranks must be from 1 to 1024, not {given['ranks']}.")
-    if "split" in given:
-        parse_split(given["split"])
+# ---- the sampler, and how it would go about it
 
 
-def draw(given: dict[str, Any], argv: Sequence[str] | None = None) -> None:
-    settings = drawing(given)
-    count = given.get("count", 1)
-    if not 1 <= count <= 10_000:
-        raise CommandError(f"--count must be from 1 to 10000, not {count}.")
-    check_variant(given)
-    if given.get("ranks", 1) > 1 and not launch.is_rank() and "plan" not in given:
-        outputs(given, count)  # before the ranks are started
-        launch.launch(sys.argv[1:] if argv is None else argv, given["ranks"])
-        return
-    first = given.get("variant") != "parallel" or launch.rank() == 0  # only this one writes and shows progress
-    paths = outputs(given, count) if first and "plan" not in given else [Path()] * count
+def prepare(drawing: Drawing) -> SimpleSampler:
+    model = load_model(drawing)
+    if drawing.model_hash and drawing.model_hash != model.hash:
+        warnings.warn(
+            f"{drawing.again} was drawn with other weights, so this picture may differ: their hash was "
+            f"{drawing.model_hash}, and now it is {model.hash}."
+        )
+    return make_sampler(model, drawing)
 
+
+def say_plan(sampler: Any, drawing: Drawing) -> str:
+    more: dict[str, Any] = {}
+    if drawing.variant == "parallel":
+        more = {"num_images_per_prompt": drawing.count, "ranks": drawing.ranks}
+    return str(sampler.plan(drawing.prompt, **drawing.call, **more))
+
+
+# ---- drawing
+
+
+@dataclass(frozen=True)
+class Drawn:
+    number: int  # 0, 1, ...
+    image: Image
+    settings: dict[str, Any]  # for the PNG
+    seconds: float  # for this picture, and those that were drawn together with it
+
+
+def draw(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterator[Drawn]:
+    """Draw the pictures one by one, or as many at a time as ranks share among them."""
     from tqdm import tqdm
 
-    from ..image import save_png
-
-    model = load_model(settings, given)
-    known = settings.get("model_hash")
-    if known and known != model.hash:
-        warnings.warn(f"{given['again']} was drawn with other weights (hash {known}, now {model.hash}).")
-    sampler = make_sampler(model, given)
-    call = call_of(settings)
-    if "plan" in given:
-        if given["variant"] == "parallel":
-            call |= {"num_images_per_prompt": count, "ranks": given.get("ranks")}
-        plan = sampler.plan(settings["prompt"], **call)  # type: ignore[attr-defined]
-        if first:
-            print(plan)
-        return
-    once = at_once(sampler, count, settings["prompt"], call)
-    for k in range(0, count, once):
-        start, seed, n = time.perf_counter(), settings["seed"] + k, min(once, count - k)
-        request = sampler.request(settings["prompt"], seed=seed, num_images_per_prompt=n, **call)
-        if n < once and (asked := getattr(sampler, "asked", None)):
-            sampler.asked = asked._replace(image=n)  # type: ignore[attr-defined]  # the last ones are fewer
-        numbers = f"{k + 1}" if n == 1 else f"{k + 1}-{k + n}"
-        steps = tqdm(
-            sampler.run(request),
-            desc="drawing" if count == 1 else f"drawing {numbers}/{count}",
-            total=len(request.scheduler.timesteps),
-            unit="step",
-            disable=given.get("quiet", False) or not first,
-        )
-        for step in steps:
+    done, together = 0, at_once(sampler, drawing)
+    while done < drawing.count:
+        start, n = time.perf_counter(), min(together, drawing.count - done)
+        if n < together and drawing.split:  # fewer are left than the split deals out
+            sampler = make_sampler(sampler.model, replace(drawing, split={**drawing.split, "image": n}))
+        seed = drawing.seed + done
+        request = sampler.request(drawing.prompt, seed=seed, num_images_per_prompt=n, **drawing.call)
+        numbers = f" {done + 1}{f'-{done + n}' if n > 1 else ''}/{drawing.count}" if drawing.count > 1 else ""
+        total = len(request.scheduler.timesteps)
+        for step in tqdm(sampler.run(request), f"drawing{numbers}", total, unit="step", disable=not show):
             latents = step.latents
         images = sampler.decode(latents)
         seconds = time.perf_counter() - start
-        for i, image in enumerate(images if first else []):
-            path = paths[k + i]
-            record = settings | {
-                "seed": seed + i,
-                "height": request.height,
-                "width": request.width,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "model_hash": model.hash,
-                "version": __version__,
-            }
-            save_png(image, path, record, force=given.get("force", False))
-            print(f"{path}  {request.width} x {request.height}, seed {seed + i}, {seconds:.1f} s", flush=True)
+        for i, image in enumerate(images):
+            settings = settings_used(drawing, sampler.model, request) | {"seed": seed + i}
+            yield Drawn(done + i, image, settings, seconds)
+        done += n
 
 
-def at_once(sampler: SimpleSampler, count: int, prompt: str, call: dict[str, Any]) -> int:
+def at_once(sampler: SimpleSampler, drawing: Drawing) -> int:
     """How many pictures are drawn together: one, or as many as ranks deal out among them."""
+    if drawing.variant != "parallel":
+        return 1
     from ..parallel.sampler import ParallelSampler, world
 
-    if not isinstance(sampler, ParallelSampler):
-        return 1
-    return sampler.plan(prompt, num_images_per_prompt=min(count, world()[1]), **call).split.image
+    assert isinstance(sampler, ParallelSampler)
+    images = min(drawing.count, world()[1])
+    return sampler.plan(drawing.prompt, num_images_per_prompt=images, **drawing.call).split.image
+
+
+def write(drawn: Drawn, path: Path, *, force: bool) -> None:
+    from ..image import save_png
+
+    save_png(drawn.image, path, drawn.settings, force=force)
+    width, height = drawn.image.size
+    print(f"{path}  {width} x {height}, seed {drawn.settings['seed']}, {drawn.seconds:.1f} s", flush=True)

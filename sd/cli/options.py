@@ -1,154 +1,149 @@
-"""What commands that draw have in common: options, their defaults, and the model and sampler that they ask for.
+"""What the commands share of their command lines: the parser, and options that several of them have.
 
-Nothing that imports torch is imported before it is needed.
+Nothing here imports torch, so that help is there at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from typing import TYPE_CHECKING, Any
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from ..parallel import launch
-
-if TYPE_CHECKING:
-    from ..model import StableDiffusion
-    from ..sampler import SimpleSampler
-
-DEFAULTS = {  # of a drawing; what the command line or `--again` does not say
-    "prompt": None,
-    "negative_prompt": "",
-    "num_inference_steps": 50,
-    "guidance_scale": 7.5,
-    "seed": 0,
-    "height": None,
-    "width": None,
-    "scheduler": "pndm",
-    "eta": 0.0,
-    "model": "shapes",
-    "revision": None,
-    "hub_variant": None,
-    "ema": False,
-    "dtype": None,
-}
-
-LARGE = 100_000_000  # parameters of a UNet from which on sd.fast pays; with fewer it is no faster
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class CommandError(ValueError):
     """What is wrong with the command line, in one sentence."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with plainer words for what is wrong. An option that is not given is not in the result."""
+
+    too_many = ""  # a sentence for words that no option and no argument takes
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None):
+        super().__init__(
+            prog,
+            description=description,
+            epilog=epilog,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """What is given on the command line, by name. Raises CommandError; --help and --version raise SystemExit."""
+        found, unknown = self.parse_known_args(arguments)
+        for word in unknown:
+            if not word.startswith("-"):
+                says = f"{self.prog} --help says what it takes."
+                raise CommandError(self.too_many or f"{self.prog} cannot use the word {word!r}: {says}")
+            option = word.partition("=")[0]
+            near = difflib.get_close_matches(option, re.findall(r"--[\w-]+", self.format_help()), 1)
+            hint = f"did you mean {near[0]}" if near else "is it spelled as you meant it"
+            raise CommandError(f"There is no option {option}; {hint}? {self.prog} --help lists the options.")
+        return vars(found)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("the following arguments are required:", "It still needs to know:")
+        message = message.replace("expected one argument", "needs a value after it")
+        message = message.replace("expected at least one argument", "needs a value after it")
+        message = re.sub(r"^argument (?:\S+/)?(\S+?): ", r"\1 ", message)
+        raise CommandError(f"{message.rstrip('.')}. {self.prog} --help lists the options.")
+
+
+# ---- values: functions for argparse, which puts the option's name before what they say
+
+
+def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """A whole number, within bounds where the command itself sets some."""
+    bounds = f" from {least} to {most}" if most is not None else f" of at least {least}" if least is not None else ""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+            if (least is None or least <= number) and (most is None or number <= most):
+                return number
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be a whole number{bounds}, not {text}")
+
+    return read
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text}") from None
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text in choices:
+            return text
+        raise argparse.ArgumentTypeError(f"must be {', '.join(choices[:-1])} or {choices[-1]}, not {text}")
+
+    return read
+
+
+def split(text: str) -> dict[str, int]:
+    """image=2,guidance=2,rows=1"""
+    parts = [part.split("=") for part in text.split(",")]
+    try:
+        result = {name.strip(): int(count) for name, count in parts}
+    except ValueError:
+        result = {}
+    known = result.keys() <= {"image", "guidance", "rows"} and len(result) == len(parts)
+    if not known or min(result.values()) < 1:
+        raise argparse.ArgumentTypeError(f"must be like image=2,guidance=2,rows=1, not {text}")
+    return result
+
+
+# ---- options
+
 SOURCE: dict[str, dict[str, Any]] = {
-    "revision": {"metavar": "REV", "help": "branch, tag or commit of a Hub repository"},
-    "hub-variant": {"metavar": "NAME", "help": "which files of a Hub repository: fp16"},
-    "tokenizer": {"metavar": "DIR", "help": "folder with vocab.json and merges.txt, for files without one"},
-    "config": {"metavar": "JSON", "help": "sizes that a weights file does not tell, such as the head count"},
-    "ema": {"action": "store_true", "help": "the EMA weights of a full-EMA checkpoint"},
+    "revision": {"metavar": "REV", "help": "The branch, tag or commit of a Hub repository."},
+    "hub-variant": {"metavar": "NAME", "help": "Which files of a Hub repository to take, for example fp16."},
+    "tokenizer": {"metavar": "DIR", "help": "A folder with vocab.json and merges.txt, for a model that has none."},
+    "config": {"metavar": "JSON", "help": "A file with sizes that the weights do not tell, such as the head count."},
+    "ema": {"action": "store_true", "help": "Take the averaged (EMA) weights of a checkpoint that has both kinds."},
 }
 
 
 def add_source_options(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options about a source of weights: these, or all."""
+    """Options about where the weights come from: the named ones, or all."""
+    group = parser.add_argument_group("about the model's files")
     for name in names or SOURCE:
-        parser.add_argument(f"--{name}", **SOURCE[name])
+        group.add_argument(f"--{name}", **SOURCE[name])
+
+
+def dtype_option(what: str, choices: Sequence[str] = DTYPES) -> dict[str, Any]:
+    return {"type": one_of(*choices), "metavar": "TYPE", "help": f"{what} One of {', '.join(choices)}."}
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Options of any drawing; to be used with `argument_default=argparse.SUPPRESS`, and DEFAULTS."""
-    add = parser.add_argument
-    add("--model", help="shapes (built in), a .ckpt or .safetensors file, a folder, or a Hub repository")
-    add("--negative", dest="negative_prompt", metavar="TEXT", help="what to stay away from")
-    add("--steps", dest="num_inference_steps", type=int, metavar="N", help="1 to 1000; 50 if not given")
-    add("--guidance", dest="guidance_scale", type=float, metavar="G", help="how closely to follow; 7.5")
-    add("--seed", type=int, metavar="N", help="of the first picture; the next takes the next; 0")
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 8; the model's own size if not given")
-    add("--width", type=int, metavar="PIXELS")
-    add("--scheduler", metavar="NAME", help="pndm, ddim or lms; pndm")
-    add("--eta", type=float, help="0 to 1, how much noise ddim draws anew; 0")
-    add("--device", help="cpu, cuda, cuda:1, mps; a GPU if there is one")
-    add("--dtype", choices=["float16", "bfloat16", "float32", "float64"], help="float16 on a GPU, else float32")
-    add("--force", action="store_true", help="write over existing files")
-    add("--quiet", action="store_true", help="no progress bar")
-
-
-def call_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are arguments of a sampler, but for the prompt and the seed."""
-    others = ("prompt", "seed", "model", "revision", "hub_variant", "ema", "dtype")
-    return {name: settings[name] for name in DEFAULTS if name not in others}
-
-
-def device_of(given: dict[str, Any]) -> str:
-    import torch
-
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launch.is_rank() else device
-
-
-def is_simple_on_cpu(given: dict[str, Any]) -> bool:
-    return given.get("variant", "simple") == "simple" and device_of(given).partition(":")[0] == "cpu"
-
-
-def is_fast(given: dict[str, Any]) -> bool:
-    """Whether the drawing is by `sd.fast`, if the model is large: all not asked for otherwise, on a CPU."""
-    return is_simple_on_cpu(given) and "exact" not in given
-
-
-def load_model(settings: dict[str, Any], given: dict[str, Any]) -> StableDiffusion:
-    import torch
-
-    from ..loader import check_device, load
-    from ..speed.malloc import keep, large_pages
-
-    if is_simple_on_cpu(given):  # the textbook, too, is faster for it
-        large_pages()
-        keep()
-    device, dtype = device_of(given), settings["dtype"]
-    check_device(device)
-
-    def read() -> StableDiffusion:
-        return load(
-            settings["model"],
-            device=device,
-            dtype=getattr(torch, dtype) if dtype else None,
-            revision=settings["revision"],
-            variant=settings["hub_variant"],
-            tokenizer=given.get("tokenizer"),
-            config=given.get("config"),
-            ema=settings["ema"],
-            lazy=given.get("variant") == "lean" or is_fast(given),
-        )
-
-    if given.get("variant") == "parallel":
-        from ..parallel.sampler import load_together
-
-        return load_together(read, torch.device(device))
-    return read()
-
-
-def make_sampler(model: StableDiffusion, given: dict[str, Any]) -> SimpleSampler:
-    if given.get("variant") == "lean":
-        from ..lean.sampler import LeanSampler
-
-        return LeanSampler(model, given.get("memory"))
-    if given.get("variant") == "parallel":
-        from ..parallel.sampler import ParallelSampler
-
-        return ParallelSampler(model, parse_split(given["split"]) if "split" in given else None)
-    from ..sampler import SimpleSampler
-    from ..speed.fast_model import fast
-
-    large = sum(p.numel() for p in model.unet.parameters()) >= LARGE
-    return SimpleSampler(fast(model) if large and is_fast(given) else model)
-
-
-def parse_split(text: str) -> dict[str, int]:
-    parts = [part.split("=") for part in text.split(",")]
-    try:
-        split = {name.strip(): int(number) for name, number in parts}
-    except ValueError:
-        split = {}
-    known = split.keys() <= {"image", "guidance", "rows"} and len(split) == len(parts)
-    if not known or min(split.values()) < 1:
-        raise CommandError(f"--split must be like image=2,guidance=2,rows=1, not {text}.")
-    return split
+    """Options of any drawing. They are fields of `Drawing`, which has the defaults."""
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--negative", dest="negative_prompt", metavar="TEXT", help="What to stay away from.")
+    add("--steps", dest="num_inference_steps", type=whole(), metavar="N", help="How many steps to take, 1 to 1000. "
+        "Default: the model's own number; 50 for Stable Diffusion v1.")  # fmt: skip
+    add("--guidance", dest="guidance_scale", type=number, metavar="G", help="How closely to follow the prompt, 0 to "
+        "100. At 1 or less, --negative has no effect. Default: the model's own; 7.5 for Stable Diffusion "
+        "v1.")  # fmt: skip
+    add("--seed", type=whole(), metavar="N", help="Which noise to start from. The next picture starts from the next "
+        "seed. Default: 0.")  # fmt: skip
+    add("--height", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
+    add("--width", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
+    add("--scheduler", metavar="NAME", help="How noise is removed step by step: pndm, ddim or lms. Default: the "
+        "model's own; pndm for Stable Diffusion v1.")  # fmt: skip
+    add("--eta", type=number, metavar="E", help="How much new noise ddim adds in each step, 0 to 1. Default: 0.")
+    add = parser.add_argument_group("with which model, and where it runs").add_argument
+    add("--model", help="The built-in model shapes, a .ckpt or .safetensors file, a folder, or a Hub repository. "
+        "Default: shapes.")  # fmt: skip
+    add("--device", help="Where to compute: cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")
+    add("--dtype", **dtype_option("The kind of numbers to compute with. Default: float16 on a GPU, else float32."))
+    add = parser.add_argument_group("where it goes").add_argument
+    add("--force", action="store_true", help="Write over existing files.")
+    add("--quiet", action="store_true", help="Show no progress bar.")

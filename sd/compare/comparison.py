@@ -365,22 +365,32 @@ def _mean(vae: VAE, image: Tensor) -> Tensor:
 # ---- the command
 
 
-def compare_command(args: Any) -> Report:
-    """What `artist compare` was asked for; `args` is what its parser made."""
-    check_device(args.device)
-    dtype = getattr(torch, args.dtype or ("float32" if args.other else "float64"))
-    options = {"tokenizer": args.tokenizer, "config": args.config, "revision": args.revision}
-    options["variant"] = args.hub_variant
-    if args.other:
-        if args.ema or args.device != "cpu":
-            raise CompareError("Two sources are compared on the CPU, and not by their EMA weights.")
-        return compare_sources(
-            args.source, args.other, size=args.size, dtype=dtype, bound=args.bound or 0.0, **options
-        )
+def compare_command(
+    source: Any = None,
+    other: Any = None,
+    *,
+    random: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    size: int | None = None,
+    only: Sequence[str] = WHAT,
+    bound: float | None = None,
+    repeats: int = 1,
+    ema: bool = False,
+    **files: Any,
+) -> Report:
+    """What `artist compare` does: two sources, or one source or `random` weights ("full", "small") with diffusers.
+
+    dtype    the name of one; float64 if not given, but float32 for two sources
+    files    tokenizer, config, revision and variant, as of `sd.load`
+    """
+    check_device(device)
+    computes_in = getattr(torch, dtype or ("float32" if other else "float64"))
+    if other:
+        return compare_sources(source, other, size=size, dtype=computes_in, bound=bound or 0.0, **files)
     reference.diffusers()  # before gigabytes are read
-    if args.random:
-        model = reference.random_model_of(args.random, dtype).to(args.device)
+    if random:
+        model = reference.random_model_of(random, computes_in).to(device)
     else:
-        model = load(args.source or "shapes", device=args.device, dtype=dtype, ema=args.ema, **options)
-    what, repeats = args.only or WHAT, 1 if args.repeats is None else args.repeats
-    return compare_with_diffusers(model, size=args.size, what=what, bound=args.bound, repeats=repeats)
+        model = load(source or "shapes", device=device, dtype=computes_in, ema=ema, **files)
+    return compare_with_diffusers(model, size=size, what=only, bound=bound, repeats=repeats)

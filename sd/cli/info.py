@@ -1,0 +1,24 @@
+"""`artist info`: what a source holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .options import Parser, add_source_options
+
+SUMMARY = "say what a file, folder or repository holds"
+
+
+def parser() -> Parser:
+    result = Parser("artist info", "Say what a file, folder or Hub repository holds, without loading it.")
+    result.add_argument("source", metavar="SOURCE", help="A file, a folder, or a Hub repository.")
+    add_source_options(result, "revision")
+    return result
+
+
+def run(arguments: Sequence[str]) -> int:
+    given = parser().parse(arguments)
+    from ..weights.source import format_info, info
+
+    print(format_info(info(**given)))
+    return 0

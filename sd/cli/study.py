@@ -1,0 +1,57 @@
+"""`artist study`: one drawing, and a page about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from ..files import check_output
+from .drawing import drawing_of, load_model, make_sampler
+from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of
+
+SUMMARY = "draw, and write a page about the steps, words and blocks of the drawing"
+
+
+def parser() -> Parser:
+    result = Parser(
+        "artist study",
+        "Draw one picture and write a page about it, for any browser: every step, which word acts where, the noise\n"
+        "schedule, and what each block of the UNet returns.",
+    )
+    result.add_argument("prompt", metavar="PROMPT", help='What to draw: "a large red star on a white background".')
+    add_drawing_options(result)
+    add = result.add_argument_group("what is written, and how the work is done").add_argument
+    add("-o", "--output", metavar="HTML", help="The page. Default: report.html.")
+    add("--trace", metavar="FILE", help="Write the tensors of every step to this file too, as .safetensors.")
+    add("--variant", type=one_of("simple", "lean"), metavar="NAME", help="simple; or lean, which takes little "
+        "memory. Default: simple.")  # fmt: skip
+    add_source_options(result)
+    return result
+
+
+def run(arguments: Sequence[str]) -> int:
+    given = parser().parse(arguments)
+    page_file, trace_file = Path(given.pop("output", "report.html")), given.pop("trace", None)
+    if trace_file and Path(trace_file).resolve() == page_file.resolve():
+        raise CommandError(f"The page and the trace cannot both be {page_file}: name another file for one of them.")
+    drawing = drawing_of({**given, "exact": True})  # the textbook, whose every module is called, not sd.fast
+    for path in (page_file, trace_file):
+        if path:
+            check_output(path, force=drawing.force)  # before any work is done
+    from tqdm import tqdm
+
+    from ..study.page import study_page, write_page
+
+    page, trace = study_page(
+        make_sampler(load_model(drawing), drawing),
+        drawing.prompt,
+        progress=partial(tqdm, desc="drawing", unit="step", disable=drawing.quiet),
+        seed=drawing.seed,
+        **drawing.call,
+    )
+    if trace_file:
+        trace.save(trace_file, force=drawing.force)
+    write_page(page, page_file, force=drawing.force)
+    print(f"{page_file}  {page_file.stat().st_size / 1e6:.1f} MB")
+    return 0
