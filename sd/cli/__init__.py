@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..parallel import launch
 from . import compare, convert, describe, draw, info, study
@@ -25,16 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     launch.enter()
     with warnings.catch_warnings():
-        warnings.showwarning = say_warning
+        warnings.showwarning = lambda message, *_: say(f"artist: warning: {message}")
+        if launch.rank() > 0:
+            warnings.showwarning = lambda *_: None  # rank 0 says it
         try:
             return dispatch(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt:
             if not launch.is_rank():  # whoever started the ranks says it
-                print("\nartist: stopped.", file=sys.stderr)
+                say("\nartist: stopped.")
             return 130
         except (ValueError, OSError) as error:  # the library's own sentences, and the system's on files
             if not launch.report(str(error)):
-                print(f"artist: error: {error}", file=sys.stderr)
+                say(f"artist: error: {error}")
             return getattr(error, "code", 2)
         except Exception as error:
             if not launch.report(f"{type(error).__name__}: {error}"):  # a rank's, for whoever started it
@@ -68,8 +69,5 @@ def refuse_near_misses(word: str) -> None:
             raise CommandError(f"There is no command {word!r}; {hint}")
 
 
-def say_warning(message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
-):
-    if launch.rank() == 0:  # of several ranks, the first one says it
-        print(f"artist: warning: {message}", file=sys.stderr)
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
