@@ -14,7 +14,7 @@ from ..files import check_output
 from ..parallel import launch
 from . import compare, convert, describe, info, study
 from .drawing import Drawing, drawing_of, load_model, make_sampler, settings_used
-from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of, split, whole
+from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of, shares, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,7 +54,7 @@ def parser() -> Parser:
         "most of what is free.")  # fmt: skip
     add("--ranks", type=whole(1, 1024), metavar="N", help="For parallel: how many processes to start on this "
         "machine. Leave it out under torchrun.")  # fmt: skip
-    add("--split", type=split, metavar="SPLIT", help="For parallel: how to divide the work, for example "
+    add("--split", type=shares, metavar="SPLIT", help="For parallel: how to divide the work, for example "
         "image=2,guidance=2,rows=1. Default: the fastest way.")  # fmt: skip
     add(
         "--plan", action="store_true", help="For lean and parallel: say how the work would be done, and draw nothing."
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         if leads:
             print(text)
         return 0
-    for drawn in draw(sampler, drawing, show=leads and not drawing.quiet):
+    for drawn in pictures(sampler, drawing, show=leads and not drawing.quiet):
         if leads:
             write(drawn, paths[drawn.number], force=drawing.force)
     return 0
@@ -152,7 +152,7 @@ class Drawn:
     seconds: float  # for this picture, and those that were drawn together with it
 
 
-def draw(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterator[Drawn]:
+def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterator[Drawn]:
     """Draw the pictures one by one, or as many at a time as ranks share among them."""
     from tqdm import tqdm
 

@@ -88,7 +88,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
-def split(text: str) -> dict[str, int]:
+def shares(text: str) -> dict[str, int]:
     """image=2,guidance=2,rows=1"""
     parts = [part.split("=") for part in text.split(",")]
     try:
