@@ -22,7 +22,8 @@ from ..attention import SpatialTransformer, replaced
 from ..model import StableDiffusion, refuse_fast
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
 from ..unet import Downsample, UNet, Upsample
-from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
+from .pulse import drawing, waiting, watch
+from .ranks import Ranks, Traffic, agree, connect, lost, world
 from .rows import rows_of_unet, rows_of_vae
 
 
