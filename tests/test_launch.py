@@ -164,9 +164,8 @@ def test_the_cause_is_found_among_what_failed():
 
 
 def sleeper(seconds, code):
-    return subprocess.Popen(
-        [sys.executable, "-S", "-c", f"import time; time.sleep({seconds}); raise SystemExit({code})"]
-    )
+    script = f"import time; time.sleep({seconds}); raise SystemExit({code})"
+    return subprocess.Popen([sys.executable, "-S", "-c", script])
 
 
 def test_a_cause_that_comes_after_its_echo_is_waited_for(tmp_path):
@@ -178,10 +177,12 @@ def test_a_cause_that_comes_after_its_echo_is_waited_for(tmp_path):
 
 
 def test_a_child_that_takes_no_notice_is_ended_by_force():
-    child = sleeper(60, 0)
-    child.send_signal(signal.SIGSTOP)
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", script], stdout=subprocess.PIPE)
+    child.stdout.readline()
     launch.end_all([child], seconds=0.1)
     assert child.returncode == -signal.SIGKILL
+    child.stdout.close()
 
 
 # ---- ranks are closed to others
@@ -240,14 +241,14 @@ def seen(tmp_path_factory):
         own = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
         result.open = [(a, port) for a in own for _, port in result.ports if accepts(a, port)]
         result.local = [port for address, port in result.ports if accepts(address, port)]
-        result.private = [path.stat().st_mode & 0o777 for path in temporary.iterdir()]
+        result.private = [path.stat().st_mode & 0o777 for path in temporary.glob("artist-*")]  # beside torch's cache
         process.send_signal(signal.SIGINT)
         _, result.error = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()
     result.code, result.gone = process.returncode, gone(ranks)
-    result.left = [*temporary.iterdir(), *folder.glob("*.png*")]
+    result.left = [*temporary.glob("artist-*"), *folder.glob("*.png*")]
     result.ran = (folder / "ran").read_text() if (folder / "ran").exists() else ""
     return result
 
