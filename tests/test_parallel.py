@@ -91,21 +91,27 @@ def test_ranks_that_disagree_are_found_at_the_start(what):
         assert f"disagree on {what}: rank 1 has" in message
 
 
-def raises(rank):
+def leaves(rank, when):
+    """Rank 1 leaves without a word, before the drawing or in it; rank 0 goes on, and says what becomes of it."""
     model = make_model(dtype=torch.float32)
     sampler = ParallelSampler(model, {"rows": 2})
+    call = {k: v for k, v in CALL.items() if k != "output_type"}
+    steps = sampler.stream("a", **call, height=64, width=64)
+    if when == "in the drawing":
+        next(steps)
     if rank == 1:
-        raise SystemExit  # without a word
+        return "left"
     try:
-        sampler("a", **CALL | {"height": 64, "width": 64})
+        return f"{len(list(steps))} steps"
     except RankError as error:
         return str(error)
 
 
-@pytest.mark.slow
-def test_a_rank_that_leaves_is_an_error_on_the_others():
-    with pytest.raises(AssertionError, match="rank 1"):  # SystemExit
-        in_world(2, raises)
+@pytest.mark.parametrize("when", ["before the drawing", pytest.param("in the drawing", marks=SLOW)])
+def test_a_rank_that_leaves_is_an_error_on_the_others(when):
+    stayed, left = in_world(2, leaves, when)
+    assert left == "left"
+    assert stayed.startswith("Another rank is gone, so this one stops")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..model import StableDiffusion
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
 from ..unet import UNetConfig, topology
-from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
+from .pulse import drawing, waiting, watch
+from .ranks import Ranks, Traffic, agree, connect, lost, world
 from .rows import rows_of_unet, rows_of_vae
 
 

@@ -55,7 +55,8 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
         encoder = TextEncoder(model.text.config, text, model.text.vocab, model.text.merges, model.text.known_words)
     else:
         model, encoder = model.ready(), model.text
-    unet, vae = (fast_part(part, model.device, packs, compile, extra_memory) for part in (model.unet, model.vae))
+    how = model.device, packs, compile, extra_memory
+    unet, vae = fast_part(model.unet, *how), fast_part(model.vae, *how)
     if extra_memory and model.device.type == "cpu":
         keep()
     return model.with_parts(unet, vae, encoder)
