@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .model import StableDiffusion
+from .model import Defaults, StableDiffusion
 from .text import TextConfig, TextEncoder, read_tokenizer, text_shapes
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
@@ -132,12 +132,17 @@ def build(
         encoder = TextEncoder(text, tensors["text"], texts["vocab.json"], texts["merges.txt"], found.known_words)
     except ValueError as error:
         raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
+    try:
+        defaults = Defaults.from_dict(found.defaults)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoadError(f"{found.name} has defaults that cannot be used ({error}): convert it again.") from None
     return StableDiffusion(
         unet.eval(),
         vae.eval(),
         encoder,
         name=found.name,
         size=found.size or 512,
+        defaults=defaults,
         weights=found.weights,
         files=found.files,
         lazy=lazy,
@@ -250,6 +255,7 @@ def save(
         },
         "tokenizer": {"vocab.json": model.text.vocab, "merges.txt": model.text.merges},
         "image_size": model.size,
+        "defaults": model.defaults.as_dict(),
         "known_words": sorted(model.text.known_words) if model.text.known_words else None,
     }
     tensors = {

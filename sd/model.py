@@ -1,25 +1,81 @@
-"""`StableDiffusion`: the three parts of a model, and what its files say about them."""
+"""`StableDiffusion`: the three parts of a model, and what its files say about them; `Defaults`: how it draws."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .scheduler import SCHEDULERS, V1, NoiseSchedule
 from .text import TextEncoder
 from .unet import UNet
 from .vae import VAE
 from .weights.source import LoadError
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """How a model draws where a call does not say; the values here are Stable Diffusion v1's.
+
+    Raises ValueError, the rest of a sentence, for what no sampler can take.
+    """
+
+    scheduler: str = "pndm"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int | None = None  # pixels; None: the model's size
+    width: int | None = None
+    prediction_type: str = "epsilon"
+    schedule: NoiseSchedule = V1
+
+    def __post_init__(self) -> None:
+        def whole(n: Any, low: int, high: int) -> bool:
+            return type(n) is int and low <= n <= high
+
+        if self.scheduler not in tuple(SCHEDULERS):
+            raise ValueError(f"no scheduler is called {self.scheduler!r}; there are {', '.join(SCHEDULERS)}")
+        if not whole(self.num_inference_steps, 1, self.schedule.num_train_timesteps):
+            raise ValueError(f"num_inference_steps cannot be {self.num_inference_steps!r}")
+        if type(self.guidance_scale) not in (int, float) or not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance_scale cannot be {self.guidance_scale!r}")
+        for side in (self.height, self.width):
+            if side is not None and not whole(side, 8, 8192):
+                raise ValueError(f"height and width cannot be {side!r}")
+        if self.prediction_type != "epsilon":
+            raise ValueError(f"prediction_type cannot be {self.prediction_type!r}, but is 'epsilon'")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as it stands in the header of a file; `from_dict` takes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Defaults:
+        """What `as_dict` gave, or a part of it: what is left out is v1's. Raises ValueError, TypeError."""
+        schedule = data.get("schedule", {})
+        for kind, values in ((cls, data), (NoiseSchedule, schedule)):
+            if unknown := sorted(values.keys() - {f.name for f in fields(kind)}):
+                raise ValueError(f"there is no default called {unknown[0]!r}")
+        for field in fields(NoiseSchedule):
+            wanted = (int, float) if isinstance(field.default, float) else (type(field.default),)
+            if type(schedule.get(field.name, field.default)) not in wanted:
+                raise ValueError(f"{field.name} cannot be {schedule[field.name]!r}")
+        if schedule.get("num_train_timesteps", 2) > 100_000 or schedule.get("steps_offset", 0) > 100_000:
+            raise ValueError("the noise schedule is longer than 100,000 steps")
+        return cls(**{**data, "schedule": NoiseSchedule(**schedule)})
+
+
 class StableDiffusion:
-    """The three parts of a model. `device` and `dtype` are the UNet's, `name` and `hash` tell which weights."""
+    """The three parts of a model. `device` and `dtype` are the UNet's, `name` and `hash` tell which weights.
+
+    `defaults` says how it draws where a call of a sampler does not.
+    """
 
     is_fast = False  # of `sd.fast`: what the blocks compute is not what their parts say
 
@@ -31,6 +87,7 @@ class StableDiffusion:
         *,
         name: str = "",
         size: int = 512,
+        defaults: Defaults | None = None,
         weights: Path | None = None,
         files: Collection[Path] = (),
         lazy: tuple[torch.device, torch.dtype] | None = None,
@@ -40,6 +97,7 @@ class StableDiffusion:
         self._lazy = lazy  # where and in what to compute, while the weights are still as they are in the file
         self.name = name
         self.size = size  # pixels along an edge that it was trained for
+        self.defaults = defaults or Defaults()
         self._weights = weights
         files = dict.fromkeys([*([weights] if weights is not None else []), *files])
         self._files = {file: file.stat().st_size for file in files}

@@ -79,7 +79,8 @@ def refused(source, *words, **options):
             "hidden_act": "nothing", "num_attention_heads": 5, "num_hidden_layers": "x", "vocab_size": 10**12,
         }.items()),
         *(("scheduler/scheduler_config.json", key, value) for key, value in {
-            "beta_schedule": "linear", "beta_end": 0.02, "trained_betas": [0.1], "rescale_betas_zero_snr": True,
+            "beta_schedule": "linear", "beta_end": 0.0001, "num_train_timesteps": 1,
+            "trained_betas": [0.1], "rescale_betas_zero_snr": True,
         }.items()),
     ],
 )  # fmt: skip

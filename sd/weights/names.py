@@ -297,10 +297,7 @@ _VAE_OPTIONS: dict[str, Any] = {
     "use_quant_conv": True,
 }
 _SCHEDULE: dict[str, Any] = {  # how a model was trained; how it is sampled is the caller's choice
-    "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
     "trained_betas": None,
@@ -411,3 +408,31 @@ def check_schedule(config: Mapping[str, Any]) -> None:
     for key, value in _SCHEDULE.items():
         if key in config and config[key] != value:
             raise ValueError(f"it was trained with {key} = {config[key]!r}, and v1 with {value!r}")
+    for key in ("beta_start", "beta_end"):
+        if key in config and not (type(config[key]) is float and 0 < config[key] < 1):
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no share of noise")
+    if config.get("beta_start", 0.00085) > config.get("beta_end", 0.012):
+        raise ValueError("it was trained with beta_end smaller than beta_start")
+    for key, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
+        if key in config and not (type(config[key]) is int and least <= config[key] <= 100_000):
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no number of steps")
+    if not isinstance(config.get("set_alpha_to_one", False), bool):
+        raise ValueError(f"it was trained with set_alpha_to_one = {config['set_alpha_to_one']!r}, not true or false")
+
+
+_SOLVERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "LMSDiscreteScheduler": "lms"}
+_SCHEDULE_FIELDS = ("beta_start", "beta_end", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
+
+
+def defaults_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json that `check_schedule` let pass -> a model's defaults, as plain data.
+
+    A solver that is not here leaves v1's, "pndm". A value that is left out is v1's, whatever the class of
+    diffusers has: its DDIM would end at abar 1, which is wrong for Stable Diffusion.
+    """
+    schedule = {key: config[key] for key in _SCHEDULE_FIELDS if key in config}
+    if "steps_offset" in schedule:
+        schedule["steps_offset"] = 1  # diffusers' StableDiffusionPipeline puts it there, whatever the file says
+    solver = config.get("_class_name")
+    steps = {"num_inference_steps": min(50, config.get("num_train_timesteps", 50))}
+    return steps | {"scheduler": _SOLVERS.get(str(solver), "pndm"), "schedule": schedule}

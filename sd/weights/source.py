@@ -42,6 +42,7 @@ class Source:
     tokenizer: dict[str, str] | None = None
     size: int | None = None
     known_words: list[str] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)  # of a drawing, as far as the source tells
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)  # all that tensors are mapped from, where they are several
@@ -96,9 +97,11 @@ def find_file(path: Path, name: str) -> Source:
             ours = json.loads(file.metadata[METADATA])
             found.configs, found.tokenizer = ours["config"], ours["tokenizer"]
             found.size, found.known_words = ours["image_size"], ours["known_words"]
+            found.defaults = ours.get("defaults") or {}  # files of version 0.1 have none
             found.kind = "self-contained file"
             sound = all(isinstance(found.configs[part], dict) for part in names.PARTS)
             sound &= all(isinstance(found.tokenizer[name], str) for name in names.TOKENIZER_FILES)
+            sound &= isinstance(found.defaults, dict)
             sound &= type(found.size) is int and found.size > 0
             sound &= all(isinstance(word, str) for word in found.known_words or [])
             if not sound:
@@ -142,7 +145,10 @@ def describe_folder(
     side = read_json(folder, name, "unet/config.json").get("sample_size") or 64
     side = side if type(side) is int else 64
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
-    return Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
+    found = Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
+    if (folder / "scheduler/scheduler_config.json").exists():
+        found.defaults = names.defaults_from_hub(read_json(folder, name, "scheduler/scheduler_config.json"))
+    return found
 
 
 def rename(part: str, tensors: dict[str, Tensor], configs: Mapping[str, Any]) -> dict[str, Tensor]:
