@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +14,8 @@ from .scheduler import SCHEDULERS, V1, NoiseSchedule
 from .text import TextEncoder
 from .unet import UNet
 from .vae import VAE
-from .weights.source import LoadError
+from .weights.mapped import WeightFiles
+from .weights.unread import computes_in, read, target
 
 
 @dataclass(frozen=True)
@@ -88,86 +86,61 @@ class StableDiffusion:
         name: str = "",
         size: int = 512,
         defaults: Defaults | None = None,
-        weights: Path | None = None,
-        files: Collection[Path] = (),
-        lazy: tuple[torch.device, torch.dtype] | None = None,
+        files: WeightFiles | None = None,
     ):
         self.unet, self.vae, self.text = unet, vae, text
-        self._mapped = lazy is not None  # whether weights are read from the file after loading
-        self._lazy = lazy  # where and in what to compute, while the weights are still as they are in the file
         self.name = name
         self.size = size  # pixels along an edge that it was trained for
         self.defaults = defaults or Defaults()
-        self._weights = weights
-        files = dict.fromkeys([*([weights] if weights is not None else []), *files])
-        self._files = {file: file.stat().st_size for file in files}
-
-    @property
-    def lazy(self) -> bool:
-        """Whether the weights are still as they are in the file."""
-        return self._lazy is not None
+        self.files = files or WeightFiles()
 
     @property
     def device(self) -> torch.device:
-        return self._lazy[0] if self._lazy else next(self.unet.parameters()).device
+        return computes_in(self.unet)[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._lazy[1] if self._lazy else next(self.unet.parameters()).dtype
+        return computes_in(self.unet)[1]
 
     @property
     def hash(self) -> str | None:
         """The first 10 digits of the weights file's SHA-256, as AUTOMATIC1111 writes it; read on first use."""
-        if "_hash" not in self.__dict__:
-            self._hash = None
-            if self._weights is not None:
-                with open(self._weights, "rb") as file:
-                    digest = hashlib.sha256()
-                    while block := file.read(1 << 24):
-                        digest.update(block)
-                self._hash = digest.hexdigest()[:10]
-        return self._hash
+        return self.files.digest[:10] if self.files.digest else None
 
     def check_file(self) -> None:
-        """Raise LoadError if the file that the model computes from is gone, or has become shorter.
-
-        For a model that was loaded lazily, and a fast one that was made of it; others pass. Reading a map beyond its
-        file's end would end the process.
-        """
-        for file, before in self._files.items() if self._mapped else ():
-            try:
-                size = os.stat(file).st_size
-            except OSError:
-                size = 0
-            if size < before:
-                what = "is gone" if not size else f"has shrunk from {before} to {size} bytes"
-                raise LoadError(f"{file} {what} while it was in use: put it back, and draw again.")
+        """Raise LoadError if a file that the model still computes from has become shorter."""
+        self.files.check()
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
         """Texts -> (B, 77, C), for the UNet; see `TextEncoder.encode` for warnings and errors."""
         return self.text.encode(prompts).to(device=self.device, dtype=self.dtype)
 
-    def ready(self) -> StableDiffusion:
-        """The model with its weights where and in what it computes; one that is loaded lazily is loaded now."""
-        return self.to(self.device, self.dtype) if self._lazy else self
-
-    def with_parts(self, unet: UNet, vae: VAE, text: TextEncoder) -> StableDiffusion:
-        """The same model by name and file, with these in place of its parts, as they are."""
-        result = copy.copy(self)
-        result.unet, result.vae, result.text, result._lazy = unet, vae, text, None
-        result.is_fast = False
-        return result
-
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Move or convert the three parts in place, and return the model."""
-        if self._lazy is not None:
-            device, dtype, self._lazy = device or self._lazy[0], dtype or self._lazy[1], None
-            self._mapped = False
         self.unet.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         self.text.to(device=device, dtype=dtype)
         return self
+
+    # What samplers asked for while weights were left in the file on demand only:
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the UNet's weights are still as they are in the file."""
+        return target(self.unet) is not None
+
+    def ready(self) -> StableDiffusion:
+        """The model with its weights where and in what it computes."""
+        read(self.unet)
+        read(self.vae)
+        return self
+
+    def with_parts(self, unet: UNet, vae: VAE, text: TextEncoder) -> StableDiffusion:
+        """The same model by name and file, with these in place of its parts, as they are."""
+        result = copy.copy(self)
+        result.unet, result.vae, result.text, result.is_fast = unet, vae, text, False
+        return result
 
 
 def refuse_fast(model: StableDiffusion, who: str) -> None:

@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 
-from sd.text import TextEncoder, read_tokenizer, text_shapes
+from sd.text import TextEncoder, text_shapes
+from sd.weights.tokenizer import read_tokenizer
 from tests.layouts import tokenizer_files
 
 
@@ -19,8 +20,10 @@ def fresh(tiny):
     """The tiny model's text encoder, before its first use."""
 
     def make(**changes):
-        texts = {"vocab": tiny.text.vocab, "merges": tiny.text.merges} | changes
-        return TextEncoder(tiny.text.config, tiny.text.state_dict(), **texts)
+        words = changes.pop("known_words", None)
+        texts = {"vocab.json": tiny.text.vocab, "merges.txt": tiny.text.merges}
+        texts |= {f"{name}.{'json' if name == 'vocab' else 'txt'}": text for name, text in changes.items()}
+        return TextEncoder(tiny.text.config, tiny.text.state_dict(), texts, words)
 
     return make
 
@@ -114,7 +117,7 @@ def test_a_tokenizer_as_transformers_5_saves_it(tiny, tmp_path):
 def test_names_of_either_age_of_transformers(tiny, prefix):
     tensors = {prefix + n: t for n, t in tiny.text.state_dict().items()}
     tensors[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
-    text = TextEncoder(tiny.text.config, tensors, tiny.text.vocab, tiny.text.merges)
+    text = TextEncoder(tiny.text.config, tensors, tiny.text.texts)
     assert torch.equal(text.encode("a star"), tiny.text.encode("a star"))
     assert text.state_dict().keys() == text_shapes(text.config).keys()
     assert not any(t.is_meta for t in [*text.model.parameters(), *text.model.buffers()])

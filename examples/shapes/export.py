@@ -38,9 +38,8 @@ def trained(folder: Path) -> sd.StableDiffusion:
     vae.load_state_dict(state("vae", "module"))
     unet = sd.UNet(UNET)
     unet.load_state_dict(state("unet", "ema"))
-    files = tokenizer_files()
     config = TextConfig(**TEXT, vocab_size=text.clip.config.vocab_size)
-    encoder = TextEncoder(config, text.clip.state_dict(), files["vocab.json"], files["merges.txt"], WORDS)
+    encoder = TextEncoder(config, text.clip.state_dict(), tokenizer_files(), WORDS)
     return sd.StableDiffusion(unet.eval(), vae.eval(), encoder, name="shapes", size=SIZE, defaults=BEST)
 
 

@@ -39,7 +39,7 @@ class LeanSampler(SimpleSampler):
     def __init__(self, model: StableDiffusion, memory: str | int | None = None):
         refuse_fast(model, "LeanSampler")
         self.base = anonymous()
-        self.model = model
+        self.model = model.with_parts(model.unet, model.vae, model.text.as_stored())
         self.memory = None if memory is None else bytes_of(memory)
         self.weights: Weights | None = None
         self.current: Plan | None = None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..attention import GEGLU, FeedForward, replaced
 from ..unet import ResBlock
+from ..weights.unread import untouched
 
 Part = tuple[Tensor, Any]  # a weight, and which part of it: an index
 Key = tuple[tuple[int, int], ...]
@@ -271,5 +272,5 @@ def streamed(model: nn.Module, weights: Weights, forwards: Mapping[nn.Module, An
     forwards: other functions for single modules, in place of what they compute.
     """
     layers = {m: partial(FORWARDS[type(m)], m, weights) for m in model.modules() if type(m) in FORWARDS}
-    with replaced({**layers, **(forwards or {})}):
+    with untouched(model), replaced({**layers, **(forwards or {})}):
         yield

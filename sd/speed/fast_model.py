@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..attention import SpatialTransformer, attention
 from ..model import StableDiffusion
-from ..text import TextEncoder
 from ..unet import Block, ResBlock, UNet
 from ..vae import VAE, Decoder, Encoder
 from .forwards import FORWARDS, alike_rows, fast_attention, shared_halves
@@ -87,7 +86,7 @@ def from_file(model: StableDiffusion) -> StableDiffusion:
     first of them in each part others tell what it computes in.
     """
     text = {name: tensor.float() for name, tensor in model.text.state_dict().items()}
-    encoder = TextEncoder(model.text.config, text, model.text.vocab, model.text.merges, model.text.known_words)
+    encoder = model.text.with_tensors(text)
     result = model.with_parts(sharing(model.unet), sharing(model.vae), encoder)
     result.unet.time_embed.float()
     for part in (result.unet, result.vae):

@@ -93,6 +93,7 @@ class Checkpoint:
     format: str  # "ckpt" or "safetensors"
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, Any]
+    map: mmap.mmap  # of the file, which tensors keep alive
 
 
 class _Fault(Exception):  # noqa: N818
@@ -135,12 +136,12 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         with _open(path) as file:
             form = _recognise(file.read(512))
             size = os.fstat(file.fileno()).st_size
-            tensors, metadata = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
+            tensors, metadata, mapped = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
         if not tensors:
             raise _Fault("holds no tensors", "give a file that holds weights")
     except _Fault as fault:
         raise CheckpointError(f"{path} {fault}.") from fault.__cause__
-    return Checkpoint(path, form, tensors, metadata)
+    return Checkpoint(path, form, tensors, metadata, mapped)
 
 
 class _File(io.FileIO):
@@ -210,7 +211,7 @@ def _sane(*numbers: Any) -> bool:
 # ---- safetensors
 
 
-def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], mmap.mmap]:
     """Without the official library, whose get_tensor touches a page of every tensor, and then the disk reads
     on: all of a cold 1.7 GB file, tried. Its rules are kept: no byte is left out or used twice.
     """
@@ -240,13 +241,13 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
             tensors[name], end = _flat(mapped, dtype, 8 + length + start, prod(shape)).view(shape), stop
     except _MALFORMED as error:
         raise _Fault(f"is no sound safetensors file ({_one_line(error)})") from error
-    return tensors, metadata
+    return tensors, metadata, mapped
 
 
 # ---- torch's zip
 
 
-def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], mmap.mmap]:
     try:
         archive = _Archive(file, size)
         found = _unpickle(archive.pickle())
@@ -259,7 +260,8 @@ def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[st
         tensors = {name: archive.tensor(name, value) for name, value in described.items()}
     except _MALFORMED as error:
         raise _Fault(f"is damaged ({_one_line(error)})") from error
-    return tensors, {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    beside = {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    return tensors, beside, archive.map
 
 
 class _Archive:

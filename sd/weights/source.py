@@ -9,17 +9,19 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..text import TextConfig, own_names, read_tokenizer
+from ..text import TextConfig, own_names
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import hub, names
 from .checkpoint import read
+from .tokenizer import read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
@@ -45,7 +47,7 @@ class Source:
     defaults: dict[str, Any] = field(default_factory=dict)  # of a drawing, as far as the source tells
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)  # all that tensors are mapped from, where they are several
+    maps: list[tuple[Path, mmap]] = field(default_factory=list)  # of all files that tensors are mapped from
     problem: str | None = None  # why `load` refuses it, where `find` was told to look only
 
 
@@ -92,6 +94,7 @@ def find_file(path: Path, name: str) -> Source:
     file = read(path)
     parts, unknown = names.split(file.tensors)
     found = Source(name, "CompVis file", parts, unknown, path, tensors=file.tensors, metadata=file.metadata)
+    found.maps = [(path, file.map)]
     if METADATA in file.metadata:
         try:
             ours = json.loads(file.metadata[METADATA])
@@ -121,9 +124,10 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
     chosen = hub.weight_files(hub.local_files(folder), variant, name)
-    tensors = {part: read(folder / file).tensors for part, file in chosen.items()}
+    files = {part: read(folder / file) for part, file in chosen.items()}
+    tensors = {part: file.tensors for part, file in files.items()}
     found = describe_folder(folder, name, tensors, folder / chosen["unet"], look)
-    found.files = [folder / file for file in chosen.values()]
+    found.maps = [(file.path, file.map) for file in files.values()]
     return found
 
 
@@ -140,7 +144,7 @@ def describe_folder(
         return Source(name, "Hub layout", dict(tensors), [], weights, problem=str(error))
     try:
         texts = read_tokenizer(folder / "tokenizer")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise LoadError(f"{name} has a tokenizer that cannot be read ({error}): replace it.") from None
     side = read_json(folder, name, "unet/config.json").get("sample_size") or 64
     side = side if type(side) is int else 64
