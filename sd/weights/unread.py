@@ -111,8 +111,9 @@ class _Part(nn.Module):
 
     def settle(self) -> None:
         """Read the part, if this is one, and be of the plain class."""
+        kind = self.plain
         read(self)
-        self.__class__ = self.plain
+        self.__class__ = kind
 
     def __copy__(self) -> nn.Module:
         result = self.plain.__new__(self.plain)
