@@ -254,9 +254,9 @@ def compare_sources(
     if any(change.kind != "value" for change in report.changes):
         report.notes.append("The blocks are not compared, for the two do not have the same tensors.")
         return report
-    texts = first.tokenizer or second.tokenizer if tokenizer is None else None
+    own = first.tokenizer or second.tokenizer if tokenizer is None else None
     try:
-        texts = texts or tokenizer_texts(first, tokenizer, token)
+        texts = own or tokenizer_texts(first, tokenizer, token)
     except LoadError as error:
         if tokenizer is not None:
             raise

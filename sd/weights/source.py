@@ -124,10 +124,10 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
     chosen = hub.weight_files(hub.local_files(folder), variant, name)
-    files = {part: read(folder / file) for part, file in chosen.items()}
-    tensors = {part: file.tensors for part, file in files.items()}
+    opened = {part: read(folder / file) for part, file in chosen.items()}
+    tensors = {part: file.tensors for part, file in opened.items()}
     found = describe_folder(folder, name, tensors, folder / chosen["unet"], look)
-    found.maps = [(file.path, file.map) for file in files.values()]
+    found.maps = [(file.path, file.map) for file in opened.values()]
     return found
 
 

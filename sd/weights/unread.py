@@ -139,7 +139,7 @@ class _Part(nn.Module):
 
 
 @cache
-def _unread_kind(kind: type[nn.Module]) -> type[nn.Module]:
+def _unread_kind(kind: Any) -> type[nn.Module]:
     return type(kind.__name__, (_Part, kind), {"plain": kind, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
