@@ -15,7 +15,6 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -138,9 +137,14 @@ class _Part(nn.Module):
         return self.__reduce_ex__(protocol)
 
 
-@cache
-def _unread_kind(kind: Any) -> type[nn.Module]:
-    return type(kind.__name__, (_Part, kind), {"plain": kind, "__module__": kind.__module__, "__doc__": kind.__doc__})
+_KINDS: dict[type, type[nn.Module]] = {}
+
+
+def _unread_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _KINDS:
+        own = {"plain": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _KINDS[kind] = type(kind.__name__, (_Part, kind), own)
+    return _KINDS[kind]
 
 
 def leave(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
