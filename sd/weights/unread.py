@@ -110,7 +110,7 @@ class _Part(nn.Module):
 
     def settle(self) -> None:
         """Read the part, if this is one, and be of the plain class."""
-        kind = self.plain
+        kind: Any = self.plain
         read(self)
         self.__class__ = kind
 
