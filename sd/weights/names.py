@@ -219,25 +219,18 @@ def count(names: Iterable[str], pattern: str) -> int:
 def infer_unet(tensors: Tensors) -> dict[str, Any]:
     """Fields of UNetConfig that shapes tell; the head count they do not."""
     first = tensors["input_blocks.0.0.weight"]
-    widths: list[int] = []
-    attends: list[int] = []
-    level, blocks = 0, 0
-    for n in range(1, count(tensors, r"input_blocks\.(\d+)\.")):
-        if f"input_blocks.{n}.0.op.weight" in tensors:
-            level += 1
-            continue
-        out = tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0]
-        if len(widths) == level:
-            widths.append(out)
-        blocks += level == 0
-        if f"input_blocks.{n}.1.proj_in.weight" in tensors and 2**level not in attends:
-            attends.append(2**level)
+    blocks = count(tensors, r"input_blocks\.(\d+)\.")
+    levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)  # a convolution that halves, between two
+    stride = blocks // levels  # input blocks of a level: the first convolution or what halves, then residual blocks
+    starts = range(1, 1 + levels * stride, stride)  # the first residual block of each level
+    widths = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in starts]
+    attends = [2**level for level, n in enumerate(starts) if f"input_blocks.{n}.1.proj_in.weight" in tensors]
     return {
         "in_channels": first.shape[1],
         "out_channels": tensors["out.2.weight"].shape[0],
         "model_channels": first.shape[0],
         "channel_mult": tuple(width // first.shape[0] for width in widths),
-        "num_res_blocks": blocks,
+        "num_res_blocks": stride - 1,
         "attention_resolutions": tuple(attends),
         "context_dim": tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "transformer_depth": count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),

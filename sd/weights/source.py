@@ -233,29 +233,47 @@ def ema_weights(found: Source) -> dict[str, Tensor]:
     return {name: found.tensors[flat] for name, flat in table.items()}
 
 
-MOST = {"num_res_blocks": 16, "transformer_depth": 64, "channel_mult": 64, "num_hidden_layers": 128}
+ACTIVATIONS = ("quick_gelu", "gelu")  # of a text encoder; v1's is the first
+LIST = 8  # the most levels of a UNet or a VAE
+
+# What each field of a config may be: whole numbers, or as a tuple several of them, from 1 to so much; a share of 1
+# or a factor, above 0; or one of some words. Every size is bounded: a file's word for it must not make us build
+# layers for hours.
+WIDTH, DEEP = 1 << 17, 64
+WHOLE: dict[str, int] = {
+    **dict.fromkeys(["in_channels", "out_channels", "out_ch", "z_channels", "model_channels", "ch"], WIDTH),
+    **dict.fromkeys(["context_dim", "hidden_size", "intermediate_size", "vocab_size", "num_groups"], WIDTH),
+    **dict.fromkeys(["num_heads", "num_attention_heads", "max_position_embeddings"], WIDTH),
+    **{"num_res_blocks": 16, "transformer_depth": DEEP, "num_hidden_layers": 128},
+}
+SEVERAL: dict[str, int] = {"channel_mult": DEEP, "ch_mult": DEEP, "attention_resolutions": WIDTH}
+FACTORS: dict[str, float] = {"scale_factor": 1e6, "layer_norm_eps": 1.0}
+
+
+def fits(field: str, value: Any) -> bool:
+    """Whether a field of a config can have this value."""
+    if field in WHOLE:
+        return type(value) is int and 0 < value <= WHOLE[field]
+    if field in SEVERAL:
+        most = SEVERAL[field]
+        sound = (
+            isinstance(value, tuple) and len(value) <= LIST and all(type(n) is int and 0 < n <= most for n in value)
+        )
+        return sound and (field == "attention_resolutions" or value != ())
+    if field in FACTORS:
+        return type(value) in (int, float) and 0 < value < FACTORS[field]
+    return field == "hidden_act" and value in ACTIVATIONS
 
 
 def config_of(kind: type, settings: Mapping[str, Any]) -> Any:
-    """A config dataclass from fields, with lists (of JSON) as tuples. Raises LoadError for unfit values.
-
-    Every size is bounded: a file's word for it must not make us build layers for hours.
-    """
-    known = {f.name: f for f in fields(kind)}
-    unknown = sorted(settings.keys() - known.keys())
+    """A config dataclass from fields, with lists (of JSON) as tuples. Raises LoadError for values that do not fit."""
+    known = sorted(f.name for f in fields(kind))
+    unknown = sorted(settings.keys() - set(known))
     if unknown:
-        raise LoadError(f"config: {kind.__name__} has no {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
+        raise LoadError(f"config: {kind.__name__} has no {unknown[0]!r}; its fields are {', '.join(known)}.")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     for key, value in settings.items():
-        default = known[key].default
-        if isinstance(default, str):
-            sound = value in ("quick_gelu", "gelu")  # hidden_act; v1's is the first
-        elif isinstance(default, float):
-            sound = isinstance(value, int | float) and 0 < value < 1e6
-        else:
-            numbers = value if isinstance(value, tuple) and isinstance(default, tuple) else (value,)
-            sound = len(numbers) <= 8 and all(type(n) is int and 0 < n <= MOST.get(key, 1 << 17) for n in numbers)
-        if not sound or (value == () and key == "channel_mult"):
+        if not fits(key, value):
             raise LoadError(f"config: {kind.__name__} cannot have {key} = {value!r}: give it a usable size.")
     config = kind(**settings)
     if kind is TextConfig:
