@@ -236,9 +236,9 @@ def ema_weights(found: Source) -> dict[str, Tensor]:
 ACTIVATIONS = ("quick_gelu", "gelu")  # of a text encoder; v1's is the first
 LIST = 8  # the most levels of a UNet or a VAE
 
-# What each field of a config may be: whole numbers, or as a tuple several of them, from 1 to so much; a share of 1
-# or a factor, above 0; or one of some words. Every size is bounded: a file's word for it must not make us build
-# layers for hours.
+# What each field of a config may be: a whole number from 1 to this; a tuple of them; a number between 0 and this; or,
+# for hidden_act, one of ACTIVATIONS. Every size is bounded: a file's word for it must not make us build layers for
+# hours.
 WIDTH, DEEP = 1 << 17, 64
 WHOLE: dict[str, int] = {
     **dict.fromkeys(["in_channels", "out_channels", "out_ch", "z_channels", "model_channels", "ch"], WIDTH),
@@ -255,11 +255,9 @@ def fits(field: str, value: Any) -> bool:
     if field in WHOLE:
         return type(value) is int and 0 < value <= WHOLE[field]
     if field in SEVERAL:
-        most = SEVERAL[field]
-        sound = (
-            isinstance(value, tuple) and len(value) <= LIST and all(type(n) is int and 0 < n <= most for n in value)
-        )
-        return sound and (field == "attention_resolutions" or value != ())
+        if not isinstance(value, tuple) or len(value) > LIST or (not value and field != "attention_resolutions"):
+            return False
+        return all(type(n) is int and 0 < n <= SEVERAL[field] for n in value)
     if field in FACTORS:
         return type(value) in (int, float) and 0 < value < FACTORS[field]
     return field == "hidden_act" and value in ACTIVATIONS
