@@ -19,6 +19,7 @@ from torch import Tensor
 from .image import to_pil
 from .model import StableDiffusion
 from .scheduler import Scheduler, make_scheduler
+from .weights.unread import computes_in
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the noise in x
 Prompt = str | list[str] | Tensor
@@ -260,8 +261,8 @@ class SimpleSampler:
         if output_type == "latent":
             return latents
         self.model.check_file()
-        like = next(self.model.vae.parameters())  # may differ: the VAE in float32 beside a float16 UNet, or elsewhere
-        images = torch.cat([self.model.vae.decode(z.to(like)) for z in latents.split(1)])
+        place = computes_in(self.model.vae)  # may differ: the VAE in float32 beside a float16 UNet, or elsewhere
+        images = torch.cat([self.model.vae.decode(z.to(*place)) for z in latents.split(1)])
         return finished(images, output_type)
 
 

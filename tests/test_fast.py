@@ -23,6 +23,7 @@ from sd.unet import ResBlock
 from sd.unet import Upsample as UNetUpsample
 from sd.vae import AttnBlock, ResnetBlock
 from sd.vae import Upsample as VAEUpsample
+from sd.weights.unread import read, target
 from tests.layouts import make_model
 
 fast_py = inspect.getmodule(sd.fast)  # sd.fast is the function
@@ -413,9 +414,10 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
     """The large weights stay as they are in the file, and the function is the same to the bit."""
     path = tmp_path / "model.safetensors"
     sd.save(wide, path, dtype)
-    lazy = sd.load(path, lazy=True, dtype=torch.float32)
-    quick, loaded = sd.fast(lazy), sd.fast(sd.load(path, dtype=torch.float32))
-    assert (quick.dtype, quick.name, quick.lazy) == (torch.float32, path.name, False)
+    lazy, other = (sd.load(path, dtype=torch.float32) for _ in range(2))
+    read(other.unet), read(other.vae)
+    quick, loaded = sd.fast(lazy), sd.fast(other)
+    assert (quick.dtype, quick.name) == (torch.float32, path.name)
     assert quick.hash == loaded.hash
     large = [p for p in quick.unet.parameters() if p.ndim == 4 and p.numel() > 1 << 15]
     assert len(large) > 8
@@ -432,7 +434,7 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
 
     alike(x, context, image)
     alike(x[..., :7], context, image)  # layers with too few rows to be packed
-    assert lazy.lazy  # and still as it was, for LeanSampler
+    assert target(lazy.unet)  # and still as it was, for LeanSampler
     assert all(p.dtype == dtype for p in lazy.unet.parameters())
     if dtype != torch.float64:  # which has lost digits in `loaded`
         for other in (torch.float64, torch.bfloat16):
@@ -440,21 +442,21 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
             alike(*(z.to(other) for z in (x, context, image)))
     plain = sd.fast(lazy, extra_memory=False)
     assert {p.dtype for p in plain.unet.parameters()} == {torch.float32}
-    assert not lazy.lazy
+    assert target(lazy.unet) is None
 
 
 def test_a_lazy_model_is_loaded_where_nothing_is_packed(tiny, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     sd.save(tiny, path, torch.float16)
     monkeypatch.setattr(fast_py, "onednn", lambda x: False)
-    quick = sd.fast(sd.load(path, lazy=True, dtype=torch.float32))
+    quick = sd.fast(sd.load(path, dtype=torch.float32))
     assert {p.dtype for p in quick.unet.parameters()} == {torch.float32}
 
 
 def test_a_file_that_shrinks_while_it_is_in_use_ends_in_a_sentence(tiny, tmp_path):
     path = tmp_path / "model.safetensors"
     sd.save(tiny, path, torch.float16)
-    sampler = sd.SimpleSampler(sd.fast(sd.load(path, lazy=True, dtype=torch.float32)))
+    sampler = sd.SimpleSampler(sd.fast(sd.load(path, dtype=torch.float32)))
     with pytest.raises(sd.LoadError, match="has shrunk"):  # noqa: PT012
         for _ in sampler.stream("a red star", num_inference_steps=3):
             path.write_bytes(path.read_bytes()[:1000])

@@ -6,7 +6,6 @@ decodes by bands (`bands.py`), as a plan says (`plan.py`). Text encoder, UNet an
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ..operations import copy_of
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, finished, guide
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
+from ..weights.unread import computes_in
 from .bands import Bands
 from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, choose_bands, least, make_plan
 from .stream import Streamed, Weights, weights_on
@@ -81,9 +81,8 @@ class LeanSampler(SimpleSampler):
     # ---- the stages, each with its own weights: text encoder, UNet and VAE are not in memory together
 
     def encode_prompt(self, texts: list[str]) -> Tensor:
-        text = copy.copy(self.model.text)
         weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
-        text.model = copy_of(self.model.text.model, Streamed(weights))
+        text = self.model.text.with_model(copy_of(self.model.text.as_stored().model, Streamed(weights)))
         with self.stage("text encoder"), torch.no_grad():
             return text.encode(texts).to(device=self.model.device, dtype=self.model.dtype)
 
@@ -121,8 +120,8 @@ class LeanSampler(SimpleSampler):
         f = self.model.vae.config.downsampling
         job = self.job(f * latents.shape[2], f * latents.shape[3], len(latents), guidance=False, steps=1)
         plan = choose_bands(least(job), self.available())
-        like = next(self.model.vae.parameters())  # may differ from the UNet's, where it is in memory
-        weights = Weights(*((latents.dtype, self.model.device) if self.model.lazy else (like.dtype, like.device)))
+        device, dtype = computes_in(self.model.vae)  # may differ from the UNet's
+        weights = Weights(dtype, device)
         latents = latents.to(weights.device, weights.dtype)
 
         def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..model import StableDiffusion
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
 from ..unet import UNetConfig, topology
+from ..weights.unread import computes_in, read
 from .pulse import drawing, waiting, watch
 from .ranks import Ranks, Traffic, agree, connect, lost, world
 from .rows import rows_of_unet, rows_of_vae
@@ -108,6 +109,8 @@ class ParallelSampler(SimpleSampler):
 
     def __init__(self, model: StableDiffusion, split: Mapping[str, int] | None = None, timeout: float = 20.0):
         super().__init__(model)
+        read(model.unet)
+        read(model.vae)
         self.asked = None if split is None else split_of(split)
         self.timeout = timeout
         self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own
@@ -148,7 +151,7 @@ class ParallelSampler(SimpleSampler):
                 step = next(steps, None)
                 own = torch.stack([step.latents, step.noise, step.denoised], dim=1) if step else None
                 shape = (3, *self.latent_shape(request))
-                x, noise, denoised = self.share(own, split, shares, shape, request.context).unbind(1)
+                x, noise, denoised = self.share(own, split, shares, shape, request.context.dtype).unbind(1)
                 with waiting():  # what the caller does now is not ours to watch
                     yield Step(i, timestep, x, noise, denoised)
 
@@ -191,16 +194,16 @@ class ParallelSampler(SimpleSampler):
         team = min((self.asked.size if self.asked else count) // images, size[0])
         split = Split(image=images, rows=team)
         place, shares, f = split.place(rank), deal(len(latents), split.image), vae.config.downsampling
-        like, own = next(vae.parameters()), None
+        (device, dtype), own = computes_in(vae), None
         with drawing():
             if place and shares[place.image]:
                 members = [split.rank(place.image, 0, k) for k in range(team)]
                 decode = rows_of_vae(vae, Ranks(members, self.traffic), *size) if team > 1 else vae.decode
-                own = torch.cat([decode(latents[i : i + 1].to(like)) for i in shares[place.image]])
-            return finished(self.share(own, split, shares, (3, f * size[0], f * size[1]), like), output_type)
+                own = torch.cat([decode(latents[i : i + 1].to(device, dtype)) for i in shares[place.image]])
+            return finished(self.share(own, split, shares, (3, f * size[0], f * size[1]), dtype), output_type)
 
     def share(
-        self, own: Tensor | None, split: Split, shares: Sequence[range], shape: tuple[int, ...], kind: Tensor
+        self, own: Tensor | None, split: Split, shares: Sequence[range], shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
         """The tensors (n, *shape) of all image groups, in order, on every rank; a group's first rank sends."""
         rank, count = world()
@@ -208,9 +211,8 @@ class ParallelSampler(SimpleSampler):
         if own is not None and split.image == 1 and split.size == count:
             return own
         team = split.guidance * split.rows
-        # On the UNet's device, which is the one that the ranks talk through; in the dtype of `kind` on all of them.
-        like = kind.new_empty(0) if own is None else own.to(kind.dtype)
-        like = like.to(self.model.device)
+        # On the UNet's device, which is the one that the ranks talk through.
+        like = (torch.empty(0) if own is None else own).to(self.model.device, dtype)
         sends = place is not None and own is not None and rank == split.rank(place.image)
         empty = like.new_empty(0)
         outside = [not place or r // team != place.image or r >= split.size for r in range(count)]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
-from ..text import TextEncoder
 from ..unet import ResBlock, UNet
 from ..vae import VAE
+from ..weights.unread import computes_in, read
 from .malloc import keep
 from .operations import Fast
 from .packed import onednn
@@ -49,23 +49,19 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
     or on the textbook model. Changes of weights that PyTorch does not count (through `.data`, load_state_dict with
     assign=True) are not noticed: take `fast` of the changed model.
     """
-    packs = extra_memory and model.device.type == "cpu" and onednn(torch.empty(0, dtype=model.dtype))
-    if model.lazy and packs:
-        text = {name: tensor.float() for name, tensor in model.text.state_dict().items()}
-        encoder = TextEncoder(model.text.config, text, model.text.vocab, model.text.merges, model.text.known_words)
-    else:
-        model, encoder = model.ready(), model.text
-    how = model.device, packs, compile, extra_memory
-    unet, vae = fast_part(model.unet, *how), fast_part(model.vae, *how)
+    unet, vae = fast_part(model.unet, compile, extra_memory), fast_part(model.vae, compile, extra_memory)
     if extra_memory and model.device.type == "cpu":
         keep()
-    return model.with_parts(unet, vae, encoder)
+    return model.with_parts(unet, vae, model.text)
 
 
-def fast_part(part: Part, device: torch.device, packs: bool, compile: bool, extra_memory: bool) -> Part:
+def fast_part(part: Part, compile: bool, extra_memory: bool) -> Part:
     """A fast copy of the UNet or of the VAE; of the textbook's operations, where those are not faster."""
-    dtype = next(part.parameters()).dtype
-    if device.type == "cpu" and (packs or dtype in (torch.float32, torch.float64)):
+    device, dtype = computes_in(part)
+    packs = extra_memory and device.type == "cpu" and onednn(torch.empty(0, dtype=dtype))
+    if not packs:
+        read(part)
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         result = copy_of(part, Fast(extra_memory), own_hooks=True)
         if packs:
             in_float(result)
