@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .attention import chunked_attention, use_attention
     from .lean.sampler import LeanSampler
     from .loader import convert, load, save
-    from .model import StableDiffusion
+    from .model import Defaults, StableDiffusion
     from .parallel.sampler import ParallelSampler
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
     from .scheduler import DDIM, LMS, PNDM, NoiseSchedule
@@ -32,7 +32,7 @@ _HOME = {
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule"], "scheduler"),
     **dict.fromkeys(["convert", "load", "save"], "loader"),
-    "StableDiffusion": "model",
+    **dict.fromkeys(["Defaults", "StableDiffusion"], "model"),
     "LeanSampler": "lean.sampler",
     "ParallelSampler": "parallel.sampler",
     "describe": "study.description",
@@ -46,6 +46,7 @@ __all__ = [
     "PNDM",
     "VAE",
     "CheckpointError",
+    "Defaults",
     "LeanSampler",
     "LoadError",
     "NoiseSchedule",

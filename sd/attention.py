@@ -6,7 +6,7 @@ tensors are the names in the checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from .operations import TEXTBOOK, Attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,30 +112,17 @@ def use_attention(model: nn.Module, fn: Attention) -> Iterator[None]:
     before = [m.attend for m in modules]
     try:
         for m in modules:
-            m.attend = fn  # type: ignore[assignment]
+            m.__dict__["attend"] = fn
         yield
     finally:
         for m, old in zip(modules, before, strict=True):
-            m.attend = old
-
-
-@contextmanager
-def replaced(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """Within the block, calling one of these modules calls the function instead."""
-    before = {m: m.__dict__.get("forward") for m in forwards}
-    try:
-        for m, forward in forwards.items():
-            m.forward = forward
-        yield
-    finally:
-        for m, old in before.items():
-            m.__dict__.pop("forward", None)  # the class's is there again
-            if old is not None:
-                m.forward = old
+            m.__dict__["attend"] = old
 
 
 class CrossAttention(nn.Module):
     """Attention of `x` to `context`, or to itself when there is none."""
+
+    ops = TEXTBOOK
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None):
         super().__init__()
@@ -147,10 +134,9 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
         q, k, v = (
             z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D)
-            for z in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for z in self.ops.project(self.to_q, self.to_k, self.to_v, x, context)
         )
         return self.to_out(self.attend(q, k, v).transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -196,6 +182,8 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of an image: (B, C, h, w) -> (B, C, h, w)."""
 
+    ops = TEXTBOOK
+
     def __init__(self, channels: int, heads: int, context_dim: int, depth: int = 1, groups: int = 32):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 elsewhere in the UNet
@@ -206,10 +194,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
         y = self.proj_in(self.norm(x))
         y = y.flatten(2).transpose(1, 2).contiguous()  # (B, h*w, C)
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = y.transpose(1, 2).unflatten(2, (h, w)).contiguous()  # (B, C, h, w)
+        y = self.ops.pixels(y, x.shape[-2:])  # (B, C, h, w)
         return self.proj_out(y) + x

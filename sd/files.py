@@ -1,13 +1,41 @@
-"""Whether a file can be written, asked before the work whose result it is to hold. Imports nothing of torch."""
+"""The one writer of files and the one bounded reader of small ones. Imports nothing of torch.
+
+Everything that `sd` writes for a user goes through `writing`: it is there whole or not at all. Every small file that
+comes from elsewhere (configs, tokenizers) goes through `read_small` or `read_json`: a pipe, a device, a file of
+gigabytes or a million nested brackets is refused in one sentence.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+SMALL = 16 << 20  # bytes; the largest file that is read whole, a tokenizer.json of CLIP, has below 4 MB
+DEPTH = 32  # of brackets in each other; configs have 3
+
+
+class SmallFileError(ValueError):
+    """A small file that cannot be read. The message is one sentence; `reason` is what is wrong alone."""
+
+    def __init__(self, what: str, path: str | os.PathLike[str], reason: str):
+        super().__init__(f"{what} {path} cannot be read: {reason}.")
+        self.reason = reason
+
+
+# ---- writing
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Raise ValueError for a missing or read-only folder, a path that is a folder, and, without `force`, a file."""
+    """Raise ValueError for a missing or read-only folder, a path that is a folder, and, without `force`, a file.
+
+    To be asked before the work whose result the file is to hold.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
@@ -17,3 +45,135 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
         raise ValueError(f"{path} cannot be written: it is a folder; name a file.")
     if path.exists() and not force:
         raise ValueError(f"{path} exists: choose another name, or write over it with --force.")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO[bytes]]:
+    """`with writing(path) as file:` a new file, open for bytes, that gets its name when the block ends well.
+
+    Until then it has a short name of its own in the same folder. Where the block raises, Ctrl-C too, nothing of it
+    stays. An existing file is replaced in one step, and only with `force`; a link is replaced, not what it names.
+    Raises FileExistsError or OSError in one sentence; what else the block raises goes through as it is.
+    """
+    path = Path(path)
+    part = path.parent / f".sd-{secrets.token_hex(4)}.part"  # short, however long the file's own name is
+    try:
+        check_target(path, force)
+        with open(part, "xb") as file:  # with the permissions that any new file has
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if force:
+            os.replace(part, path)
+        else:
+            put(part, path)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{path} exists: choose another name, or write over it with force (--force)."
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{path} cannot be written: {reason}; make room, or choose another place.") from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # most often it is not there, or has its final name
+            part.unlink()
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Raise OSError where the name belongs to a folder, a device or a pipe, or, without `force`, to any file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except ValueError as error:  # a NUL in the path
+        raise OSError(str(error)) from error
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
+    if not force:
+        raise FileExistsError
+
+
+def put(part: Path, path: Path) -> None:
+    """Give a file its name unless that is taken. Raises FileExistsError, OSError."""
+    try:
+        os.link(part, path)  # unlike a rename, fails where the name has been taken meanwhile
+        return
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError):  # no hard links here, as on FAT and some network drives
+        pass
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # takes the name, or fails
+    try:
+        os.replace(part, path)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
+    """Write a text in UTF-8 as `writing` does."""
+    data = text.encode()
+    with writing(path, force=force) as file:
+        file.write(data)
+
+
+# ---- reading
+
+
+def read_small(path: str | os.PathLike[str], what: str = "The file", limit: int = SMALL) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes. Raises SmallFileError; `what` begins its sentence."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            raise SmallFileError(what, path, "it is not a regular file")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise SmallFileError(what, path, "it does not exist") from None
+    except OSError as error:
+        raise SmallFileError(what, path, error.strerror or str(error)) from error
+    except ValueError as error:
+        if isinstance(error, SmallFileError):
+            raise
+        raise SmallFileError(what, repr(path), str(error)) from None  # a NUL in the path
+    if len(data) > limit:
+        raise SmallFileError(what, path, f"it has more than {limit:,} bytes")
+    return data
+
+
+def read_utf8(path: str | os.PathLike[str], what: str = "The file", limit: int = SMALL) -> str:
+    """The text of a file in UTF-8, by `read_small`."""
+    try:
+        return read_small(path, what, limit).decode()
+    except UnicodeDecodeError as error:
+        raise SmallFileError(what, path, f"it is not text in UTF-8 (byte {error.start})") from None
+
+
+def read_json(path: str | os.PathLike[str], what: str = "The file", limit: int = SMALL, depth: int = DEPTH) -> Any:
+    """The JSON in a file, by `read_small` and `parse_json`. Raises SmallFileError."""
+    try:
+        return parse_json(read_small(path, what, limit), depth)
+    except SmallFileError:
+        raise
+    except ValueError as error:
+        raise SmallFileError(what, path, str(error)) from None
+
+
+def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:
+    """JSON with at most `depth` brackets in each other. Raises ValueError, the rest of a sentence ("it is ...")."""
+    try:
+        content = json.loads(data)
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg}, line {error.lineno})") from None
+    except ValueError:  # a whole number of thousands of digits
+        raise ValueError("it has a number that is too long") from None
+    except RecursionError:
+        raise ValueError(f"it has more than {depth} brackets in each other") from None
+    level = [content]
+    for _ in range(depth + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return content
+        level = [value for item in level for value in (item.values() if isinstance(item, dict) else item)]
+    raise ValueError(f"it has more than {depth} brackets in each other")

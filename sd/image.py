@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from .files import parse_json, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,32 +69,12 @@ def save_png(
 
     Raises FileExistsError where `path` exists, unless `force`; OSError where it cannot be written.
     """
-    path = Path(path)
     info = PngInfo()
     if settings is not None:
         info.add_itxt("parameters", parameters_text(settings))
         info.add_itxt(JSON_CHUNK, json.dumps(dict(settings), ensure_ascii=False))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        try:
-            with os.fdopen(handle, "wb") as file:
-                image.save(file, "PNG", pnginfo=info)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(f"{path} cannot be written ({reason}): make room, or choose another place.") from None
-        os.chmod(temporary, 0o666 & ~_umask())
-        if force:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # unlike a rename, fails where the name is taken meanwhile
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with writing(path, force=force) as file:
+        image.save(file, "PNG", pnginfo=info)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -104,7 +85,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}.") from None
     try:
-        settings = json.loads(text[JSON_CHUNK])
+        settings = parse_json(text[JSON_CHUNK])
     except (KeyError, ValueError):
         settings = None
     if not isinstance(settings, dict):

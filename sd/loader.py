@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .model import StableDiffusion
-from .text import TextConfig, TextEncoder, read_tokenizer, text_shapes
+from .files import read_json
+from .model import Defaults, StableDiffusion
+from .text import TextConfig, TextEncoder, Texts, text_shapes
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 from .weights import hub, names
 from .weights.checkpoint import write_safetensors
+from .weights.mapped import WeightFiles
 from .weights.source import METADATA, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
+from .weights.tokenizer import clip_texts, read_tokenizer
+from .weights.unread import leave, stored
 
 
 def load(
@@ -43,16 +48,18 @@ def load(
     device     of all three parts, or {"unet": "cuda:0", "vae": "cuda:1", "text": "cpu"}; a part that is not named
                goes where the UNet is
     dtype      float32 on the CPU and float16 elsewhere, if not given; tensors that have it already stay
-               memory-mapped, others are converted one by one
+               memory-mapped, others are converted one by one when they are needed
     revision, token, variant   of a Hub repository: branch, tag or commit; access; "fp16"
-    tokenizer  a folder with vocab.json and merges.txt; if not given, the source's own, else CLIP's from the Hub
+    tokenizer  a folder with vocab.json and merges.txt; if not given, the source's own, else CLIP's: from the Hub's
+               cache, an installed open_clip or clip package, or the Hub
     config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}} or the path
                of such a JSON file; fields of UNetConfig, VAEConfig and transformers' CLIPTextConfig
     ema        the EMA weights of a full-EMA checkpoint in place of the others
-    lazy       leave the weights in the file, as they are, for `LeanSampler`, which takes what it needs; they are
-               loaded by `model.ready()`, as other samplers do. The parts cannot be called before
+    lazy       no longer matters: weights always stay in the file until someone computes with them
 
-    The parts are in eval mode and take gradients. Raises LoadError, HubError or CheckpointError, all of them
+    The parts are in eval mode and take gradients. Each is read, moved and converted when it is first called, or
+    asked for its state_dict; a tokenizer that is neither in the source nor given is looked for when a text is first
+    encoded. Raises LoadError, HubError or CheckpointError, all of them
     ValueErrors, in one sentence; a missing, surplus or misshapen tensor is named.
     """
     check_dtype(dtype)
@@ -62,12 +69,7 @@ def load(
         found.parts["unet"] = ema_weights(found)
     devices = places(device)
     dtypes = {part: dtype or (torch.float32 if d.type == "cpu" else torch.float16) for part, d in devices.items()}
-    texts = tokenizer_texts(found, tokenizer, token)
-    if lazy:
-        if len(set(devices.values())) > 1:
-            raise LoadError("lazy=True is for one device, not one for each part: give device as a name.")
-        aim = devices["unet"], dtypes["unet"]
-        return build(found, read_config(config), texts, lazy=aim)
+    texts = find_texts(found, tokenizer, token)
     return build(found, read_config(config), texts, devices, dtypes)
 
 
@@ -93,12 +95,11 @@ def places(device: str | torch.device | Mapping[str, str | torch.device]) -> dic
 def build(
     found: Source,
     config: Mapping[str, Any],
-    texts: dict[str, str],
+    texts: Texts | Callable[[], Texts],
     devices: Mapping[str, torch.device] | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
-    lazy: tuple[torch.device, torch.dtype] | None = None,
 ) -> StableDiffusion:
-    """Make the model, each part on its device and in its dtype; else on the CPU, and as it is in the file."""
+    """Make the model, each part for its device and dtype; else on the CPU, and as it is in the file."""
     settings = {part: {**found.configs.get(part, {}), **config.get(part, {})} for part in names.PARTS}
     for part, infer in (("unet", names.infer_unet), ("vae", names.infer_vae), ("text", names.infer_text)):
         if not found.parts[part]:
@@ -118,29 +119,31 @@ def build(
         unet = UNet(config_of(UNetConfig, settings["unet"]))
         vae = VAE(config_of(VAEConfig, settings["vae"]))
     text = config_of(TextConfig, settings["text"])
-    tensors = {}
     for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
         check(found, part, shapes)
-        device, dtype = devices[part] if devices else None, dtypes[part] if dtypes else None
-        tensors[part] = {
-            name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-            for name, t in found.parts[part].items()
-        }
-    unet.load_state_dict(tensors["unet"], strict=True, assign=True)
-    vae.load_state_dict(tensors["vae"], strict=True, assign=True)
+    unet.load_state_dict(found.parts["unet"], strict=True, assign=True)
+    vae.load_state_dict(found.parts["vae"], strict=True, assign=True)
+    goal: dict[str, Any] = {}
+    if devices and dtypes:
+        leave(unet, devices["unet"], dtypes["unet"])
+        leave(vae, devices["vae"], dtypes["vae"])
+        goal = {"device": devices["text"], "dtype": dtypes["text"]}
     try:
-        encoder = TextEncoder(text, tensors["text"], texts["vocab.json"], texts["merges.txt"], found.known_words)
+        encoder = TextEncoder(text, found.parts["text"], texts, found.known_words, **goal)
     except ValueError as error:
         raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
+    try:
+        defaults = Defaults.from_dict(found.defaults)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoadError(f"{found.name} has defaults that cannot be used ({error}): convert it again.") from None
     return StableDiffusion(
         unet.eval(),
         vae.eval(),
         encoder,
         name=found.name,
         size=found.size or 512,
-        weights=found.weights,
-        files=found.files,
-        lazy=lazy,
+        defaults=defaults,
+        files=WeightFiles(found.weights, found.maps),
     )
 
 
@@ -180,9 +183,9 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
         return {}
     if not isinstance(config, Mapping):
         try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LoadError(f"The config {config} cannot be read as JSON: {error}.") from None
+            config = read_json(config, "The config")
+        except ValueError as error:
+            raise LoadError(str(error)) from None
     parts = set(names.PARTS)
     fields_of = config.values() if isinstance(config, Mapping) else ()
     if (
@@ -197,28 +200,28 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
 # ---- the tokenizer
 
 
-def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> dict[str, str]:
-    """The texts of vocab.json and merges.txt: from the folder given, else the source, else the Hub."""
+def find_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts | Callable[[], Texts]:
+    """The texts of vocab.json and merges.txt: from the folder given, else the source; else how to get CLIP's."""
     if folder is not None:
         try:
             if texts := read_tokenizer(Path(folder)):
                 return texts
             reason = "they are not there"
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             reason = str(error)
         raise LoadError(
             f"The tokenizer folder {folder} cannot be read ({reason}): it needs vocab.json and merges.txt."
         )
-    if found.tokenizer is not None:
-        return found.tokenizer
+    return found.tokenizer or partial(clip_texts, found.name, token)
+
+
+def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts:
+    """The same, found at once. Raises LoadError where there is no tokenizer."""
+    texts = find_texts(found, folder, token)
     try:
-        return hub.clip_tokenizer(token)
+        return texts() if callable(texts) else texts
     except hub.HubError as error:
-        raise LoadError(
-            f"{found.name} brings no tokenizer, and CLIP's could not be had from the Hub ({error}): pass tokenizer= "
-            f"(a folder with vocab.json and merges.txt), connect once so that {hub.CLIP} is cached, or use a "
-            "converted file or a repository, which have their own."
-        ) from None
+        raise LoadError(str(error)) from None
 
 
 # ---- writing
@@ -250,14 +253,18 @@ def save(
         },
         "tokenizer": {"vocab.json": model.text.vocab, "merges.txt": model.text.merges},
         "image_size": model.size,
+        "defaults": model.defaults.as_dict(),
         "known_words": sorted(model.text.known_words) if model.text.known_words else None,
     }
-    tensors = {
-        names.PREFIXES[part] + name: tensor
-        for part, owner in (("unet", model.unet), ("vae", model.vae), ("text", model.text))
-        for name, tensor in owner.state_dict().items()
-    }
-    write_safetensors(path, tensors, {"format": "pt", METADATA: json.dumps(ours)}, dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    types: dict[str, torch.dtype] = {}
+    for part, module in (("unet", model.unet), ("vae", model.vae)):
+        for name, tensor, own in stored(module):  # as it lies in the file, and converted when it is its turn
+            tensors[names.PREFIXES[part] + name], types[names.PREFIXES[part] + name] = tensor, dtype or own
+    for name, tensor in model.text.stored().items():
+        tensors[names.PREFIXES["text"] + name] = tensor
+        types[names.PREFIXES["text"] + name] = dtype or model.text.dtype
+    write_safetensors(path, tensors, {"format": "pt", METADATA: json.dumps(ours)}, types, force=force)
 
 
 def convert(

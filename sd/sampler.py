@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from .image import to_pil
 from .model import StableDiffusion
 from .scheduler import Scheduler, make_scheduler
+from .weights.unread import computes_in
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the noise in x
 Prompt = str | list[str] | Tensor
@@ -100,7 +102,7 @@ class SimpleSampler:
     """Draws with the model as it stands: the textbook, and the reference for every other sampler."""
 
     def __init__(self, model: StableDiffusion):
-        self.model = model.ready()
+        self.model = model
 
     def __call__(self, prompt: Prompt | None = None, *, output_type: str = "pil", **options: Any) -> Any:
         """Draw: a list of PIL images, in the order of the prompts.
@@ -144,16 +146,17 @@ class SimpleSampler:
         draw = noise_like_diffusers(self.model, request)
         x = request.latents if request.latents is not None else draw()
         x = x * request.scheduler.init_noise_sigma
-        steps = denoise(self.denoiser(request), x, request.scheduler, draw)
-        while True:
-            # Entered for each step, not around the loop: the caller's code runs between two steps.
-            self.model.check_file()
-            with torch.no_grad():
-                step = next(steps, None)
-                if step is None:
-                    return
-                finite(step.latents, f"UNet (step {step.index + 1})", "dtype=torch.float32")
-            yield step
+        with self.denoiser(request) as denoiser:
+            steps = denoise(denoiser, x, request.scheduler, draw)
+            while True:
+                # Entered for each step, not around the loop: the caller's code runs between two steps.
+                self.model.check_file()
+                with torch.no_grad():
+                    step = next(steps, None)
+                    if step is None:
+                        return
+                    finite(step.latents, f"UNet (step {step.index + 1})", "dtype=torch.float32")
+                yield step
 
     def request(
         self,
@@ -233,7 +236,7 @@ class SimpleSampler:
             texts = [prompt] if isinstance(prompt, str) else prompt
             if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(p, str) for p in texts):
                 raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r}.")
-            context = self.model.encode_prompt(list(texts))
+            context = self.encode_prompt(list(texts))
         if count is not None and len(context) != count:
             if len(context) != 1:
                 raise ValueError(f"{name} has {len(context)} entries for {count} prompts: give one, or one each.")
@@ -241,10 +244,16 @@ class SimpleSampler:
         finite(context, "text encoder", "dtype=torch.float32")
         return context
 
-    def denoiser(self, request: Request) -> Denoiser:
+    def encode_prompt(self, texts: list[str]) -> Tensor:
+        return self.model.encode_prompt(texts)
+
+    @contextmanager
+    def denoiser(self, request: Request) -> Iterator[Denoiser]:
+        """What predicts the noise for a request, while it is drawn."""
         if request.negative is None:
-            return with_text(self.model.unet, request.context)
-        return guided(self.model.unet, request.context, request.negative, request.guidance_scale)
+            yield with_text(self.model.unet, request.context)
+        else:
+            yield guided(self.model.unet, request.context, request.negative, request.guidance_scale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
@@ -252,8 +261,8 @@ class SimpleSampler:
         if output_type == "latent":
             return latents
         self.model.check_file()
-        like = next(self.model.vae.parameters())  # may differ: the VAE in float32 beside a float16 UNet, or elsewhere
-        images = torch.cat([self.model.vae.decode(z.to(like)) for z in latents.split(1)])
+        place = computes_in(self.model.vae)  # may differ: the VAE in float32 beside a float16 UNet, or elsewhere
+        images = torch.cat([self.model.vae.decode(z.to(*place)) for z in latents.split(1)])
         return finished(images, output_type)
 
 

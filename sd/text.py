@@ -9,11 +9,13 @@ Tensors have their names in CompVis files, without `cond_stage_model.transformer
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
+import threading
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,10 @@ import torch
 from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # the end of text is also what fills up to 77 tokens
+
+Texts = Mapping[str, str]  # of a tokenizer: "vocab.json" and "merges.txt"
+
+_MAKING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -65,25 +71,6 @@ def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def read_tokenizer(folder: Path) -> dict[str, str] | None:
-    """The texts of vocab.json and merges.txt in a folder, or None. Raises OSError, ValueError.
-
-    transformers 5 saves a tokenizer.json in their place, which has both inside.
-    """
-    files = [folder / name for name in ("vocab.json", "merges.txt")]
-    if all(file.is_file() for file in files):
-        return {file.name: file.read_text(encoding="utf-8") for file in files}
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    try:
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        vocab = json.dumps(model["vocab"], ensure_ascii=False)
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"tokenizer.json holds no vocabulary and merges ({error!r})") from None
-    return {"vocab.json": vocab, "merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
-
-
 def check_tokenizer(config: TextConfig, vocab: str, merges: str) -> None:
     """Raise ValueError, the rest of a sentence, unless these files are a tokenizer of this encoder.
 
@@ -106,49 +93,114 @@ def check_tokenizer(config: TextConfig, vocab: str, merges: str) -> None:
             raise ValueError(f"merges.txt does not belong to vocab.json ({merge[:40]!r})")
 
 
+def sound_tokenizer(config: TextConfig, texts: Texts) -> Texts:
+    """The texts of a tokenizer of this encoder. Raises ValueError, the rest of a sentence, where they are none."""
+    vocab, merges = texts["vocab.json"], texts["merges.txt"]
+    # Tokenizers skip the first line, some of them whatever it says.
+    merges = merges if merges.startswith("#version") else f"#version: 0.2\n{merges}"
+    check_tokenizer(config, vocab, merges)
+    return {"vocab.json": vocab, "merges.txt": merges}
+
+
 class TextEncoder:
     """Prompts to embeddings.
 
     config, tensors    sizes and weights; the names of either age of transformers are understood
-    vocab, merges      the texts of CLIP's vocab.json and merges.txt
+    texts              those of CLIP's vocab.json and merges.txt, by these names; or a function that gives them, which
+                       is called when a text is first encoded
     known_words        all words that the model was trained on, if they are few: others get a warning
+    device, dtype      where and in what to compute; the tensors are moved and converted when they are first used
 
     `.tokenizer` and `.model` are transformers' CLIPTokenizer and CLIPTextModel, made on first use.
-    Raises ValueError where vocab and merges are no tokenizer of this encoder.
+    Raises ValueError where the texts are no tokenizer of this encoder.
     """
 
     def __init__(
         self,
         config: TextConfig,
         tensors: Mapping[str, Tensor],
-        vocab: str,
-        merges: str,
+        texts: Texts | Callable[[], Texts],
         known_words: Collection[str] | None = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         self.config = config
-        self.vocab = vocab
-        # Tokenizers skip the first line, some of them whatever it says.
-        self.merges = merges if merges.startswith("#version") else f"#version: 0.2\n{merges}"
-        check_tokenizer(config, vocab, self.merges)
         self.known_words = frozenset(known_words) if known_words is not None else None
+        self._find = texts if callable(texts) else None
+        self._texts = None if callable(texts) else sound_tokenizer(config, texts)
         self._tensors: dict[str, Tensor] | None = own_names(tensors)  # until they are in the model
+        first = next(iter(self._tensors.values()))
+        self._target = device or first.device, dtype or first.dtype
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> TextEncoder:
+        """An encoder of the same sizes, tokenizer and words, with these weights."""
+        return TextEncoder(self.config, tensors, self._texts or self._given, self.known_words)
+
+    def as_stored(self) -> TextEncoder:
+        """This encoder; or, while its weights are in the file, one that shares them as they are there."""
+        return self if self._tensors is None else self.with_tensors(self._tensors)
+
+    def with_model(self, model: Any) -> TextEncoder:
+        """This encoder, computing by another model of the same sizes: a copy of `model` that streams weights, say."""
+        _ = self.tokenizer  # once for both
+        result = copy.copy(self)
+        result._model, result._tensors = model, None
+        return result
+
+    def _given(self) -> Texts:
+        return {"vocab.json": self.vocab, "merges.txt": self.merges}
+
+    @property
+    def texts(self) -> Texts:
+        """The texts of vocab.json and merges.txt. Raises ValueError where they cannot be found, or do not fit."""
+        if self._texts is None:
+            assert self._find is not None
+            texts = self._find()
+            try:
+                self._texts = sound_tokenizer(self.config, texts)
+            except ValueError as error:
+                raise ValueError(
+                    f"The tokenizer does not fit the text encoder: {error}; give another as tokenizer= (--tokenizer)."
+                ) from None
+        return self._texts
+
+    @property
+    def vocab(self) -> str:
+        return self.texts["vocab.json"]
+
+    @property
+    def merges(self) -> str:
+        return self.texts["merges.txt"]
 
     @cached_property
     def tokenizer(self) -> Any:
+        texts = self.texts
         from transformers import CLIPTokenizer
 
         with tempfile.TemporaryDirectory() as folder:  # transformers 4 takes files only
             paths = [Path(folder, name) for name in ("vocab.json", "merges.txt")]
-            for path, text in zip(paths, (self.vocab, self.merges), strict=True):
-                path.write_text(text, encoding="utf-8")
+            for path in paths:
+                path.write_text(texts[path.name], encoding="utf-8")
             length = self.config.max_position_embeddings
             return CLIPTokenizer(*map(str, paths), model_max_length=length, clean_up_tokenization_spaces=True)
 
-    @cached_property
+    @property
     def model(self) -> Any:
+        with _MAKING:  # two threads may encode first
+            if self._model is None:
+                self._model = self._make_model()
+                self._tensors = None
+            return self._model
+
+    _model: Any = None
+
+    def _make_model(self) -> Any:
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        ids = json.loads(self.vocab)
+        # The ids say only where the pooled output is taken, and nobody uses that: no reason to look for a tokenizer.
+        last = self.config.vocab_size - 1
+        ids = json.loads(self._texts["vocab.json"]) if self._texts else {START: last - 1, END: last}
         ends = {"bos_token_id": ids[START], "eos_token_id": ids[END], "pad_token_id": ids[END]}
         with torch.device("meta"):
             model = CLIPTextModel(CLIPTextConfig(**asdict(self.config), **ends))
@@ -159,27 +211,39 @@ class TextEncoder:
         for module in model.modules():  # a buffer that no file holds, so it is still on meta
             if "position_ids" in module._buffers:
                 module.position_ids = positions
-        self._tensors = None
         return model.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights under our names."""
-        return self._tensors if self._tensors is not None else own_names(self.model.state_dict())
+        """The weights under our names, where and in what they are computed with."""
+        with _MAKING, torch.inference_mode(False):
+            if self._tensors is None:
+                return own_names(self.model.state_dict())
+            for name, tensor in self._tensors.items():  # one after the other: of each only one form is in memory
+                self._tensors[name] = tensor.to(*self._target)
+            return self._tensors
+
+    def stored(self) -> dict[str, Tensor]:
+        """The weights under our names, as they are now: in the file, until they are used."""
+        return self.state_dict() if self._tensors is None else self._tensors
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.state_dict().values())).device
+        return self._target[0] if self._tensors is not None else next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.state_dict().values())).dtype
+        return self._target[1] if self._tensors is not None else next(self.model.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
         """Move and convert, in place, tensor by tensor."""
-        if self._tensors is None:
-            self.model.to(device=device, dtype=dtype)
-        else:
-            self._tensors = {name: t.to(device=device, dtype=dtype) for name, t in self._tensors.items()}
+        with _MAKING, torch.inference_mode(False):
+            if self._tensors is None:
+                self.model.to(device=device, dtype=dtype)
+            else:
+                for name, tensor in self._tensors.items():
+                    self._tensors[name] = tensor.to(*self._target).to(device=device, dtype=dtype)
+                first = next(iter(self._tensors.values()))
+                self._target = first.device, first.dtype
         return self
 
     def encode(self, prompts: str | Sequence[str]) -> Tensor:

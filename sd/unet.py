@@ -26,13 +26,15 @@ Modules carry the names of CompVis checkpoints. At 512 x 512 with the v1 configu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SpatialTransformer
+from .operations import TEXTBOOK, NormSiLUConv
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,18 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, added to the input."""
 
+    ops = TEXTBOOK
+
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
+        self.in_layers = NormSiLUConv(
             nn.GroupNorm(groups, channels, eps=1e-5),
             nn.SiLU(),
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         # Index 2 was a dropout of rate 0; it keeps its place so that the convolution is out_layers.3.
-        self.out_layers = nn.Sequential(
+        self.out_layers = NormSiLUConv(
             nn.GroupNorm(groups, out_channels, eps=1e-5),
             nn.SiLU(),
             nn.Identity(),
@@ -83,9 +87,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)
-        h = h + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h = self.ops.norm_silu_conv(self.in_layers, x, add=self.emb_layers(emb)[:, :, None, None])
+        return self.ops.norm_silu_conv(self.out_layers, h, add=self.skip_connection(x))
 
 
 class Downsample(nn.Module):
@@ -98,13 +101,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    ops = TEXTBOOK
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """To `size`, that of the skip which comes next: twice x, or one less where that one is odd."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.ops.upsample(self.conv, x, size)
 
 
 class Block(nn.ModuleList):
@@ -123,57 +128,81 @@ class Block(nn.ModuleList):
         return x
 
 
+class Part(NamedTuple):
+    """A layer of a block, as the configuration draws it."""
+
+    kind: str  # "conv", "res", "transformer", "down", "up"
+    channels: int  # that go in; those of the skip included
+    out_channels: int
+    level: int  # of what goes in: 0 is the latent's own resolution, 1 is half of it
+    out_level: int
+
+
+Blocks = list[list[Part]]
+
+
+def topology(c: UNetConfig) -> tuple[Blocks, Blocks, Blocks]:
+    """The layers of all input blocks, of the middle block (one), and of all output blocks, in order of use."""
+
+    def block(channels: int, out: int, level: int) -> list[Part]:
+        parts = [Part("res", channels, out, level, level)]
+        if 2**level in c.attention_resolutions:
+            parts.append(Part("transformer", out, out, level, level))
+        return parts
+
+    ch, last = c.model_channels, len(c.channel_mult) - 1
+    inputs = [[Part("conv", c.in_channels, ch, 0, 0)]]
+    for level, mult in enumerate(c.channel_mult):
+        for _ in range(c.num_res_blocks):
+            inputs.append(block(ch, mult * c.model_channels, level))
+            ch = mult * c.model_channels
+        if level != last:
+            inputs.append([Part("down", ch, ch, level, level + 1)])
+    middle = [Part(kind, ch, ch, last, last) for kind in ("res", "transformer", "res")]
+    skips = [parts[-1].out_channels for parts in inputs]  # taken from the end on the way up
+    outputs = []
+    for level, mult in reversed(list(enumerate(c.channel_mult))):
+        for i in range(c.num_res_blocks + 1):
+            parts = block(ch + skips.pop(), mult * c.model_channels, level)
+            ch = mult * c.model_channels
+            if level > 0 and i == c.num_res_blocks:
+                parts.append(Part("up", ch, ch, level, level - 1))
+            outputs.append(parts)
+    return inputs, [middle], outputs
+
+
 class UNet(nn.Module):
     """eps(x_t, t, context): Rombach et al. 2022 (arXiv:2112.10752), 859,520,964 parameters by default."""
+
+    ops = TEXTBOOK
 
     def __init__(self, config: UNetConfig | None = None):
         super().__init__()
         self.config = c = config or UNetConfig()
         emb = 4 * c.model_channels
+        make: dict[str, Callable[[int, int], nn.Module]] = {
+            "conv": lambda channels, out: nn.Conv2d(channels, out, 3, padding=1),
+            "res": lambda channels, out: ResBlock(channels, out, emb, c.num_groups),
+            "transformer": lambda channels, _: SpatialTransformer(
+                channels, c.num_heads, c.context_dim, c.transformer_depth, c.num_groups
+            ),
+            "down": lambda channels, _: Downsample(channels),
+            "up": lambda channels, _: Upsample(channels),
+        }
         self.time_embed = nn.Sequential(nn.Linear(c.model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-
-        def res(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, out_channels, emb, c.num_groups)
-
-        def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, c.num_heads, c.context_dim, c.transformer_depth, c.num_groups)
-
-        ch = c.model_channels
-        blocks = [Block([nn.Conv2d(c.in_channels, ch, 3, padding=1)])]
-        skips = [ch]  # channels of each input block's output, taken from the end on the way up
-        last = len(c.channel_mult) - 1
-        for level, mult in enumerate(c.channel_mult):
-            out = mult * c.model_channels
-            attend = 2**level in c.attention_resolutions
-            for _ in range(c.num_res_blocks):
-                blocks.append(Block([res(ch, out)] + ([transformer(out)] if attend else [])))
-                ch = out
-                skips.append(ch)
-            if level != last:
-                blocks.append(Block([Downsample(ch)]))
-                skips.append(ch)
-        self.input_blocks = nn.ModuleList(blocks)
-
-        self.middle_block = Block([res(ch, ch), transformer(ch), res(ch, ch)])
-
-        blocks = []
-        for level, mult in reversed(list(enumerate(c.channel_mult))):
-            out = mult * c.model_channels
-            attend = 2**level in c.attention_resolutions
-            for i in range(c.num_res_blocks + 1):
-                layers: list[nn.Module] = [res(ch + skips.pop(), out)]
-                ch = out
-                if attend:
-                    layers.append(transformer(ch))
-                if level > 0 and i == c.num_res_blocks:
-                    layers.append(Upsample(ch))
-                blocks.append(Block(layers))
-        self.output_blocks = nn.ModuleList(blocks)
-
-        self.out = nn.Sequential(
-            nn.GroupNorm(c.num_groups, ch, eps=1e-5),
+        inputs, (middle,), outputs = (
+            [Block(make[part.kind](part.channels, part.out_channels) for part in parts) for parts in blocks]
+            for blocks in topology(c)
+        )
+        self.input_blocks, self.middle_block, self.output_blocks = (
+            nn.ModuleList(inputs),
+            middle,
+            nn.ModuleList(outputs),
+        )
+        self.out = NormSiLUConv(
+            nn.GroupNorm(c.num_groups, c.model_channels * c.channel_mult[0], eps=1e-5),
             nn.SiLU(),
-            nn.Conv2d(ch, c.out_channels, 3, padding=1),
+            nn.Conv2d(c.model_channels * c.channel_mult[0], c.out_channels, 3, padding=1),
         )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -191,4 +220,4 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb, context, size=skips[-1].shape[-2:] if skips else None)
-        return self.out(x)
+        return self.ops.norm_silu_conv(self.out, x)

@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, attention
+from .attention import attention
+from .operations import TEXTBOOK, Attention, Normed
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
+    ops = TEXTBOOK
+
     def __init__(self, channels: int, out_channels: int, groups: int):
         super().__init__()
         self.norm1 = norm(channels, groups)
@@ -66,13 +69,14 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        h = self.ops.norm_silu_conv(Normed(self.norm1, self.conv1), x)
+        return self.ops.norm_silu_conv(Normed(self.norm2, self.conv2), h, add=self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
     """Self-attention over all pixels, one head as wide as the channels."""
+
+    ops = TEXTBOOK
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -81,12 +85,9 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        def linear(layer: nn.Conv2d, y: Tensor) -> Tensor:  # a 1x1 convolution on (B, h*w, C)
-            return F.linear(y, layer.weight.flatten(1), layer.bias)
-
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        q, k, v = (linear(layer, y).unsqueeze(1) for layer in (self.q, self.k, self.v))  # (B, 1, h*w, C)
-        y = linear(self.proj_out, self.attend(q, k, v).squeeze(1))
+        q, k, v = (z.unsqueeze(1) for z in self.ops.project(self.q, self.k, self.v, y))  # (B, 1, h*w, C)
+        y = self.ops.linear(self.proj_out, self.attend(q, k, v).squeeze(1))
         return y.transpose(1, 2).reshape(x.shape) + x
 
 
@@ -100,12 +101,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    ops = TEXTBOOK
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.ops.upsample(self.conv, x, (2 * x.shape[2], 2 * x.shape[3]))
 
 
 class Mid(nn.Module):
@@ -131,59 +134,67 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.block:
             x = layer(x)
-        for name in ("downsample", "upsample"):
-            if name in self._modules:
-                x = self._modules[name](x)  # type: ignore[misc]
+        for resample in list(self.children())[1:]:
+            x = resample(x)
         return x
 
 
+def encoder_widths(c: VAEConfig) -> list[list[int]]:
+    """For each level, down.0 first: the channels that go into its first residual block, and those out of each."""
+    widths = [c.ch * m for m in c.ch_mult]
+    return [[a, *[b] * c.num_res_blocks] for a, b in zip([c.ch, *widths], widths, strict=False)]
+
+
+def decoder_widths(c: VAEConfig) -> list[list[int]]:
+    """The same of the decoder, up.0 first, which is the last to be used; it has a residual block more a level."""
+    widths = [c.ch * m for m in c.ch_mult]
+    return [[a, *[b] * (c.num_res_blocks + 1)] for a, b in zip([*widths[1:], widths[-1]], widths, strict=True)]
+
+
 class Encoder(nn.Module):
+    ops = TEXTBOOK
+
     def __init__(self, c: VAEConfig):
         super().__init__()
-        widths = [c.ch * m for m in c.ch_mult]
-        last = len(widths) - 1
+        levels = encoder_widths(c)
+        width = levels[-1][-1]
         self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(
-                [before] + [width] * c.num_res_blocks,
-                c.num_groups,
-                **({} if i == last else {"downsample": Downsample(width)}),
-            )
-            for i, (before, width) in enumerate(zip([c.ch, *widths], widths, strict=False))
+            [Level(widths, c.num_groups, downsample=Downsample(widths[-1])) for widths in levels[:-1]]
+            + [Level(levels[-1], c.num_groups)]
         )
-        self.mid = Mid(widths[-1], c.num_groups)
-        self.norm_out = norm(widths[-1], c.num_groups)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c.z_channels, 3, padding=1)
+        self.mid = Mid(width, c.num_groups)
+        self.norm_out = norm(width, c.num_groups)
+        self.conv_out = nn.Conv2d(width, 2 * c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.ops.norm_silu_conv(Normed(self.norm_out, self.conv_out), self.mid(x))
 
 
 class Decoder(nn.Module):
+    ops = TEXTBOOK
+
     def __init__(self, c: VAEConfig):
         super().__init__()
-        widths = [c.ch * m for m in c.ch_mult]
-        self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
-        self.mid = Mid(widths[-1], c.num_groups)
+        levels = decoder_widths(c)
+        width = levels[-1][0]
+        self.conv_in = nn.Conv2d(c.z_channels, width, 3, padding=1)
+        self.mid = Mid(width, c.num_groups)
         self.up = nn.ModuleList(
-            Level(
-                [before] + [width] * (c.num_res_blocks + 1),
-                c.num_groups,
-                **({} if i == 0 else {"upsample": Upsample(width)}),
-            )
-            for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
+            [Level(levels[0], c.num_groups)]
+            + [Level(widths, c.num_groups, upsample=Upsample(widths[-1])) for widths in levels[1:]]
         )
-        self.norm_out = norm(widths[0], c.num_groups)
-        self.conv_out = nn.Conv2d(widths[0], c.out_ch, 3, padding=1)
+        self.norm_out = norm(c.ch * c.ch_mult[0], c.num_groups)
+        self.conv_out = nn.Conv2d(c.ch * c.ch_mult[0], c.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             z = level(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+        return self.ops.norm_silu_conv(Normed(self.norm_out, self.conv_out), z)
 
 
 class VAE(nn.Module):

@@ -15,7 +15,6 @@ from sd.compare.reference import SMALL_TEXT as TEXT
 from sd.compare.reference import SMALL_UNET as UNET
 from sd.compare.reference import SMALL_VAE as VAE
 from sd.compare.reference import (
-    bytes_to_letters,
     diffusers_unet,
     diffusers_vae,
     hub_tensors,
@@ -25,6 +24,7 @@ from sd.compare.reference import (
 from sd.compare.reference import random_model as make_model
 from sd.text import TextConfig, text_shapes
 from sd.weights import names
+from sd.weights.tokenizer import bytes_to_letters
 
 __all__ = ["TEXT", "UNET", "VAE", "bytes_to_letters", "diffusers_unet", "diffusers_vae", "hub_tensors", "make_model",
            "random_tensors", "tokenizer_files"]  # fmt: skip

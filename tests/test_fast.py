@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import sd
-from sd.attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer, attention
+from sd.attention import CrossAttention, FeedForward, SpatialTransformer, attention
+from sd.operations import TEXTBOOK, copy_of
+from sd.speed.operations import Fast
 from sd.speed.packed import Conv, Derived, Linear
 from sd.speed.winograd import POINTS, Norm, Winograd, direct, transforms
 from sd.unet import ResBlock
 from sd.unet import Upsample as UNetUpsample
 from sd.vae import AttnBlock, ResnetBlock
 from sd.vae import Upsample as VAEUpsample
+from sd.weights.unread import read, target
 from tests.layouts import make_model
 
 fast_py = inspect.getmodule(sd.fast)  # sd.fast is the function
-forwards = importlib.import_module("sd.speed.forwards")
+ops_py = importlib.import_module("sd.speed.operations")
 winograd_py = importlib.import_module("sd.speed.winograd")
 
 BOUND = {torch.float64: 1e-10, torch.float32: 5e-6}
@@ -51,10 +54,10 @@ def close(got, wanted, bound=None):
 @pytest.fixture
 def all_ways(monkeypatch):
     """Small layers take the ways of large ones."""
-    monkeypatch.setattr(forwards, "CHANNELS", 1)
-    monkeypatch.setattr(forwards, "TOKENS", 48)
-    monkeypatch.setattr(forwards, "MOMENTS", 1 << 10)
-    monkeypatch.setattr(forwards, "NORMED", 1 << 9)
+    monkeypatch.setattr(ops_py, "CHANNELS", 1)
+    monkeypatch.setattr(ops_py, "TOKENS", 48)
+    monkeypatch.setattr(ops_py, "MOMENTS", 1 << 10)
+    monkeypatch.setattr(ops_py, "NORMED", 1 << 9)
     monkeypatch.setattr(winograd_py, "TILES", 12)
 
 
@@ -168,7 +171,7 @@ def test_packed_weights_serve_fewer_rows(monkeypatch):
     layer.packed.make = lambda rows: packs.append(rows) or make(rows)
     for rows in (1000, 999, 17):
         close(layer(x[:rows], 1000), F.linear(x[:rows].double(), w.double()))
-    assert packs == [1000] * forwards.onednn(x)
+    assert packs == [1000] * ops_py.onednn(x)
 
 
 # ---- layers
@@ -178,9 +181,7 @@ def given_fast(module, pack=True):
     """A copy of a module, with random weights, that is fast, and the module."""
     for i, p in enumerate(module.parameters()):
         p.copy_(noise(*p.shape, seed=i) / (p[0].numel() ** 0.5 if p.ndim > 1 else 1))
-    copy_ = fast_py.sharing(module)
-    fast_py.on_cpu(copy_, pack)
-    return module, copy_
+    return module, copy_of(module, Fast(pack))
 
 
 LAYERS = {
@@ -209,31 +210,38 @@ LAYERS = {
 def test_every_layer_that_is_replaced(name, pack, dtype, all_ways):
     module, *inputs = LAYERS[name]()
     plain, quick = given_fast(module.double(), pack)
-    assert "forward" in quick.__dict__
+    assert "forward" in quick.__dict__ or isinstance(quick.ops, Fast)
     wanted = plain(*inputs)
     quick.to(dtype)  # after it was made fast
     got = quick(*(z.to(dtype) if isinstance(z, torch.Tensor) else z for z in inputs))
     close(got, wanted)
     assert next(plain.parameters()).dtype == torch.float64
     assert "forward" not in plain.__dict__
+    assert getattr(plain, "ops", TEXTBOOK) is TEXTBOOK
 
 
-def test_every_kind_is_tested():
-    tested = {type(LAYERS[name]()[0]) for name in LAYERS} | {nn.Linear, BasicTransformerBlock}
-    assert tested == set(forwards.FORWARDS)
+def test_every_kind_is_tested(wide):
+    tested = {type(LAYERS[name]()[0]) for name in LAYERS} | {nn.Linear}
+    assert tested >= set(Fast.layers)
+    blocks = {type(m) for part in (wide.unet, wide.vae) for m in part.modules() if hasattr(m, "ops")}
+    assert blocks - tested == {
+        type(wide.unet),
+        type(wide.vae.encoder),
+        type(wide.vae.decoder),
+    }  # whole networks, below
 
 
 def test_norms_far_from_zero_keep_their_variance():
     x = noise(2, 40, 30, 16, dtype=torch.float32) * 1e-2 + 30
     norm = nn.GroupNorm(4, 16, eps=1e-6)
     wanted = F.silu(norm.double()(x.double().permute(0, 3, 1, 2).contiguous())).permute(0, 2, 3, 1)
-    scale, shift = forwards.affine(x.double(), norm)
-    close(F.silu(forwards.group_norm(x.double(), norm)), wanted, 1e-9)
+    scale, shift = ops_py.affine(x.double(), norm)
+    close(F.silu(ops_py.group_norm(x.double(), norm)), wanted, 1e-9)
     close(F.silu(x.double() * scale + shift), wanted, 1e-9)
-    variances = [forwards.affine(z, norm.to(z.dtype)).scale.double() for z in (x, x.double())]
+    variances = [ops_py.affine(z, norm.to(z.dtype)).scale.double() for z in (x, x.double())]
     near = noise(1, 40, 30, 16, dtype=torch.float32) * 1e-5 + 30  # the mean's own rounding counts
     norm = nn.GroupNorm(4, 16, eps=1e-13)
-    close(*(forwards.affine(z, norm.to(z.dtype)).scale.double() for z in (near, near.double())), 1e-4)
+    close(*(ops_py.affine(z, norm.to(z.dtype)).scale.double() for z in (near, near.double())), 1e-4)
     close(*variances, 1e-4)  # by the mean of squares less the square of the mean: wrong by 1
 
 
@@ -243,13 +251,13 @@ def test_norms_far_from_zero_keep_their_variance():
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 @pytest.mark.parametrize("scores", [1 << 20, 1])  # 1: pieces of 256 queries, the last one short
 def test_fast_attention(shape, scale, scores, monkeypatch):
-    monkeypatch.setattr(forwards, "SCORES", scores)
+    monkeypatch.setattr(ops_py, "SCORES", scores)
     b, h, t, s, d = shape
     q, k, v = (noise(b, n, h, d, seed=i).transpose(1, 2) for i, n in enumerate((t, s, s)))
     q = q * scale
     wanted = attention(q, k, v)
-    close(forwards.fast_attention(q, k, v), wanted)
-    close(forwards.fast_attention(q.float(), k.float(), v.float()), wanted, 2e-6 * scale)
+    close(ops_py.fast_attention(q, k, v), wanted)
+    close(ops_py.fast_attention(q.float(), k.float(), v.float()), wanted, 2e-6 * scale)
 
 
 # ---- whole models
@@ -282,23 +290,16 @@ def test_whole_networks(shape, dtype, extra_memory, wide):
     assert wide.dtype == torch.float64
 
 
-@pytest.mark.parametrize("images", [1, 2, 3])
-def test_guidance_shares_what_is_alike(images, wide, monkeypatch):
+def test_a_deepcopy_is_a_model_of_its_own(wide):
     quick = sd.fast(wide)
-    x, t = noise(images, 4, 14, 15).repeat(2, 1, 1, 1), torch.full((2 * images,), 400.0)
-    context = noise(2 * images, 77, 64)
-    sizes = []
-    first = quick.unet.input_blocks[1][0]
-    first.register_forward_hook(lambda _, args, out: sizes.append(len(args[0])))
-    close(quick.unet(x, t, context), wide.unet(x, t, context))
-    assert sizes == [images]
-    other = x.clone()
-    other[-1, 0, 0, 0] += 1e-6
-    close(quick.unet(other, t, context), wide.unet(other, t, context))
-    times = t.clone()
-    times[-1] += 1
-    close(quick.unet(x, times, context), wide.unet(x, times, context))
-    assert sizes == [images, 2 * images, 2 * images]
+    x, t, context = noise(2, 4, 12, 12), torch.tensor([5.0, 5.0]), noise(2, 77, 64)
+    wanted = quick.unet(x, t, context)
+    other = copy.deepcopy(quick.unet)
+    assert torch.equal(other(x, t, context), wanted)
+    for p in other.parameters():
+        p.mul_(1.01)
+    assert not torch.equal(other(x, t, context), wanted)
+    assert torch.equal(quick.unet(x, t, context), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -346,6 +347,7 @@ def test_the_original_stays_and_weights_are_shared(wide):
         assert torch.equal(p, before[name][1])
     for part in (wide.unet, wide.vae):
         assert all("forward" not in m.__dict__ for m in part.modules())
+        assert all(m.ops is TEXTBOOK for m in part.modules() if hasattr(m, "ops"))
         assert all(m.attend is attention for m in part.modules() if hasattr(m, "attend"))
     again = sd.fast(quick).to(dtype=torch.float32)  # its modules are its own
     close(again.unet(x.float(), t, context.float()), wide.unet(x, t, context))
@@ -365,7 +367,7 @@ def test_attention_can_still_be_replaced(wide):
         close(quick.unet(x, t, context), wide.unet(x, t, context))
     blocks = [m for m in quick.unet.modules() if isinstance(m, CrossAttention)]
     assert len(called) == len(blocks)
-    assert all(m.attend is forwards.fast_attention for m in blocks)
+    assert all(m.attend is ops_py.fast_attention for m in blocks)
 
 
 def test_half_precision_keeps_the_textbook(tiny):
@@ -375,8 +377,7 @@ def test_half_precision_keeps_the_textbook(tiny):
     x = noise(1, 4, 8, 8, dtype=torch.bfloat16)
     t, context = torch.tensor([5.0]), noise(1, 77, 64, dtype=torch.bfloat16)
     assert torch.equal(quick.unet(x, t, context), model.unet(x, t, context))
-    assert not quick.is_fast
-    sd.LeanSampler(quick)
+    assert all(m.ops is TEXTBOOK for m in quick.unet.modules() if hasattr(m, "ops"))
 
 
 def test_the_builtin_model_draws_the_same_picture():
@@ -404,7 +405,7 @@ def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys, monkeyp
     assert make_sampler(tiny, exactly).model is tiny
     quick = make_sampler(tiny, quickly).model
     assert quick is not tiny
-    assert all("forward" in m.__dict__ for m in quick.unet.modules() if isinstance(m, ResBlock))
+    assert all(isinstance(m.ops, Fast) for m in quick.unet.modules() if isinstance(m, ResBlock))
     assert main(["a red star", "--variant", "lean", "--exact"]) == 2
     assert "--exact only works with --variant simple" in capsys.readouterr().err
 
@@ -414,9 +415,10 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
     """The large weights stay as they are in the file, and the function is the same to the bit."""
     path = tmp_path / "model.safetensors"
     sd.save(wide, path, dtype)
-    lazy = sd.load(path, lazy=True, dtype=torch.float32)
-    quick, loaded = sd.fast(lazy), sd.fast(sd.load(path, dtype=torch.float32))
-    assert (quick.dtype, quick.name, quick.lazy) == (torch.float32, path.name, False)
+    lazy, other = (sd.load(path, dtype=torch.float32) for _ in range(2))
+    read(other.unet), read(other.vae)
+    quick, loaded = sd.fast(lazy), sd.fast(other)
+    assert (quick.dtype, quick.name) == (torch.float32, path.name)
     assert quick.hash == loaded.hash
     large = [p for p in quick.unet.parameters() if p.ndim == 4 and p.numel() > 1 << 15]
     assert len(large) > 8
@@ -433,7 +435,7 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
 
     alike(x, context, image)
     alike(x[..., :7], context, image)  # layers with too few rows to be packed
-    assert lazy.lazy  # and still as it was, for LeanSampler
+    assert target(lazy.unet)  # and still as it was, for LeanSampler
     assert all(p.dtype == dtype for p in lazy.unet.parameters())
     if dtype != torch.float64:  # which has lost digits in `loaded`
         for other in (torch.float64, torch.bfloat16):
@@ -441,36 +443,36 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
             alike(*(z.to(other) for z in (x, context, image)))
     plain = sd.fast(lazy, extra_memory=False)
     assert {p.dtype for p in plain.unet.parameters()} == {torch.float32}
-    assert not lazy.lazy
+    assert target(lazy.unet) is None
 
 
 def test_a_lazy_model_is_loaded_where_nothing_is_packed(tiny, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     sd.save(tiny, path, torch.float16)
     monkeypatch.setattr(fast_py, "onednn", lambda x: False)
-    quick = sd.fast(sd.load(path, lazy=True, dtype=torch.float32))
+    quick = sd.fast(sd.load(path, dtype=torch.float32))
     assert {p.dtype for p in quick.unet.parameters()} == {torch.float32}
 
 
 def test_a_file_that_shrinks_while_it_is_in_use_ends_in_a_sentence(tiny, tmp_path):
     path = tmp_path / "model.safetensors"
     sd.save(tiny, path, torch.float16)
-    sampler = sd.SimpleSampler(sd.fast(sd.load(path, lazy=True, dtype=torch.float32)))
+    sampler = sd.SimpleSampler(sd.fast(sd.load(path, dtype=torch.float32)))
     with pytest.raises(sd.LoadError, match="has shrunk"):  # noqa: PT012
         for _ in sampler.stream("a red star", num_inference_steps=3):
             path.write_bytes(path.read_bytes()[:1000])
 
 
-def test_a_fast_model_is_refused_where_blocks_are_taken_apart(tiny):
-    quick = sd.fast(tiny)
-    with pytest.raises(ValueError, match="give it the model from"):
-        sd.LeanSampler(quick)
-    with pytest.raises(ValueError, match="give it the model from"):
-        sd.ParallelSampler(quick)
+@pytest.mark.parametrize("kind", ["LeanSampler", "ParallelSampler"])
+def test_other_ways_to_run_take_a_fast_model_too(kind, tiny):
+    """Each gives its own operations to the same parameters."""
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    wanted = sd.SimpleSampler(tiny)("a red star", **call)
+    close(getattr(sd, kind)(sd.fast(tiny))("a red star", **call), wanted, 1e-5)
 
 
 def test_filters_of_another_size_are_dropped():
-    conv = forwards.Conv3x3(nn.Conv2d(64, 64, 3, padding=1), pack=True)
+    conv = ops_py.Conv3x3(nn.Conv2d(64, 64, 3, padding=1), pack=True)
 
     def prepared():
         return [any(w.kept for w in (way.product.packed, way.plain)) for way in (conv.four, conv.two)]
@@ -522,7 +524,7 @@ def test_what_cuda_would_be_given(extra_memory, wide, monkeypatch):
         return lambda *args, **kwargs: buffers.setdefault(forward, forward(*args)).copy_(forward(*args, **kwargs))
 
     monkeypatch.setattr(torch, "compile", compiled)
-    quick = wide.with_parts(fast_py.sharing(wide.unet), fast_py.sharing(wide.vae), wide.text)
+    quick = wide.with_parts(copy_of(wide.unet, TEXTBOOK), copy_of(wide.vae, TEXTBOOK), wide.text)
     for part in (quick.unet, quick.vae):
         fast_py.on_cuda(part, compile=True, extra_memory=extra_memory)
     assert len(buffers) == 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sd import files
 from sd.image import from_pil, parameters_text, read_settings, save_png, to_pil
 
 SETTINGS = {
@@ -80,11 +82,7 @@ def test_what_is_no_picture_is_refused(tmp_path, content):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    def open_full(handle, mode):
-        os.close(handle)
-        return open("/dev/full", mode)
-
-    monkeypatch.setattr(os, "fdopen", open_full)
-    with pytest.raises(OSError, match=r"a\.png cannot be written \(No space left on device\): make room"):
+    monkeypatch.setattr(files, "open", lambda *_: Path("/dev/full").open("wb"), raising=False)  # noqa: SIM115
+    with pytest.raises(OSError, match=r"a\.png cannot be written: No space left on device; make room"):
         save_png(Image.new("RGB", (512, 512)), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

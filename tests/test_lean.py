@@ -13,8 +13,9 @@ from sd.lean import plan
 from sd.lean import sampler as lean
 from sd.lean.plan import bytes_of
 from sd.lean.sampler import LeanUNet, large_weights
-from sd.lean.stream import FORWARDS, Weights, streamed
+from sd.lean.stream import Streamed, Weights
 from sd.loader import save
+from sd.operations import TEXTBOOK, copy_of
 from tests.layouts import TEXT, make_model
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 48, "width": 40, "seed": 5}
@@ -91,13 +92,36 @@ def test_a_model_in_memory_is_used_as_it_is(tiny):
     assert all(p is before[n] for n, p in tiny.unet.named_parameters())
 
 
-def test_the_model_computes_as_before_also_after_an_error(tiny):
-    x, t, context = torch.randn(1, 4, 4, 4), torch.tensor([7]), torch.randn(1, 77, tiny.unet.config.context_dim)
-    before = tiny.unet(x, t, context)
-    with pytest.raises(RuntimeError, match="stop"), streamed(tiny.unet, Weights(torch.float64)):
-        raise RuntimeError("stop")
-    assert not any("forward" in vars(m) for m in tiny.unet.modules())
-    assert torch.equal(tiny.unet(x, t, context), before)
+def test_the_model_that_is_given_is_not_touched(tiny):
+    """Not while another draws with it, either: the steps of the two samplers take turns."""
+    wanted = [step.latents for step in sd.SimpleSampler(tiny).stream("a", **CALL)]
+    simple, lean_ = sd.SimpleSampler(tiny).stream("a", **CALL), sd.LeanSampler(tiny).stream("a", **CALL)
+    for latents in wanted:
+        assert (next(lean_).latents - latents).abs().max() < 1e-4
+        assert all("forward" not in vars(m) and getattr(m, "ops", TEXTBOOK) is TEXTBOOK for m in tiny.unet.modules())
+        assert torch.equal(next(simple).latents, latents)
+
+
+def test_decoding_takes_the_attention_that_the_vae_has(tiny):
+    seen = []
+
+    def mine(q, k, v):
+        seen.append(q.shape)
+        return sd.attention.attention(q, k, v)
+
+    with sd.use_attention(tiny.vae, mine):
+        sd.LeanSampler(tiny).decode(torch.randn(1, 4, 6, 5))
+    assert len(seen) == 1
+
+
+def test_pictures_are_decoded_alike_whatever_was_drawn_before(source, cut):
+    """What `decode` does depends on its latents alone."""
+    latents = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    fresh = sd.LeanSampler(sd.load(source), memory=10**12)
+    wanted = fresh.decode(latents, "pt")
+    used = sd.LeanSampler(sd.load(source), memory=10**12)
+    used("a", **CALL | {"height": 64, "width": 64})
+    assert torch.equal(used.decode(latents, "pt"), wanted)
 
 
 def test_layers_in_pieces_are_the_layers(tiny):
@@ -108,8 +132,9 @@ def test_layers_in_pieces_are_the_layers(tiny):
     whole = make_model().to(dtype=torch.float16).to(dtype=torch.float64).unet
     wanted = whole(x, t, context)
     for size in (1, 300, 5000, 1 << 20):
-        with torch.no_grad(), streamed(model.unet, Weights(torch.float64, size=size)):
-            assert (model.unet(x, t, context) - wanted).abs().max() < 1e-10
+        unet = copy_of(model.unet, Streamed(Weights(torch.float64, size=size)))
+        with torch.no_grad():
+            assert (unet(x, t, context) - wanted).abs().max() < 1e-10
 
 
 def test_what_is_kept_stays_within_its_budget(source):
@@ -128,7 +153,7 @@ def test_weights_of_time_and_text_are_used_once(source):
     with torch.no_grad():
         request = sampler.request("a", **CALL)
     unet = LeanUNet(model.unet, Weights(torch.float32), request, [request.context])
-    once = [m for n, m in model.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1"))]
+    once = [m for n, m in unet.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1"))]
     for module in once:
         module.weight = None  # whoever asks for it now fails
     x = torch.randn(1, 4, 6, 5)
@@ -146,11 +171,11 @@ def test_lazy_models_stay_in_the_file_until_they_are_asked_for(source):
 
 
 def test_every_kind_of_layer_of_a_model_is_streamed(tiny):
-    """A layer with parameters that `streamed` does not know would compute in the file's dtype."""
+    """A layer with parameters that `Streamed` does not know would compute in the file's dtype."""
     for part in (tiny.unet, tiny.text.model):
         for module in part.modules():
             own = list(module.parameters(recurse=False))
-            assert not own or type(module) in FORWARDS
+            assert not own or type(module) in Streamed.layers
 
 
 def test_nan_in_the_decoded_image_is_an_error(tiny, monkeypatch):
@@ -159,19 +184,27 @@ def test_nan_in_the_decoded_image_is_an_error(tiny, monkeypatch):
         sampler.decode(torch.full((1, 4, 2, 2), torch.nan))
 
 
-@pytest.mark.parametrize(("cut_off", "word"), [(True, "has shrunk"), (False, "is gone")])
-def test_a_file_that_vanishes_or_shrinks_is_one_sentence(source, tmp_path, cut_off, word):
+def test_a_file_that_shrinks_is_one_sentence(source, tmp_path):
     path = tmp_path / "copy.safetensors"
     path.write_bytes(source.read_bytes())
-    sampler = sd.LeanSampler(sd.load(path, lazy=True))
+    sampler = sd.LeanSampler(sd.load(path))
     steps = sampler.stream("a", **CALL)
     next(steps)
-    if cut_off:
-        os.truncate(path, path.stat().st_size - 10_000)  # reading there through the memory map would be fatal
-    else:
-        path.unlink()
-    with pytest.raises(sd.LoadError, match=word):
+    os.truncate(path, path.stat().st_size - 10_000)  # reading there through the memory map would be fatal
+    with pytest.raises(sd.LoadError, match="has shrunk"):
         next(steps)
+
+
+def test_a_file_that_is_deleted_or_replaced_does_no_harm(source, tmp_path):
+    path = tmp_path / "copy.safetensors"
+    path.write_bytes(source.read_bytes())
+    wanted = [step.latents for step in sd.LeanSampler(sd.load(source)).stream("a", **CALL)]
+    steps = sd.LeanSampler(sd.load(path)).stream("a", **CALL)
+    got = [next(steps).latents]
+    path.unlink()
+    path.write_bytes(b"shorter")
+    got += [step.latents for step in steps]
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
 def test_a_device_without_memory_is_one_sentence(source, monkeypatch):

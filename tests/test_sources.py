@@ -6,12 +6,15 @@ import contextlib
 import json
 import random
 import shutil
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import sd
+from sd.text import TextConfig
+from sd.weights.source import fits
 from tests.layouts import compvis_tensors, write_ckpt, write_hub, write_tokenizer
 
 
@@ -79,7 +82,8 @@ def refused(source, *words, **options):
             "hidden_act": "nothing", "num_attention_heads": 5, "num_hidden_layers": "x", "vocab_size": 10**12,
         }.items()),
         *(("scheduler/scheduler_config.json", key, value) for key, value in {
-            "beta_schedule": "linear", "beta_end": 0.02, "trained_betas": [0.1], "rescale_betas_zero_snr": True,
+            "beta_schedule": "linear", "beta_end": 0.0001, "num_train_timesteps": 1,
+            "trained_betas": [0.1], "rescale_betas_zero_snr": True,
         }.items()),
     ],
 )  # fmt: skip
@@ -196,3 +200,24 @@ def test_damage_to_a_converted_file_is_refused_or_without_consequence(tiny, tmp_
         path.write_bytes(whole[:cut])
         with pytest.raises(sd.CheckpointError):
             sd.load(path)
+
+
+@pytest.mark.parametrize("kind", [sd.UNetConfig, sd.VAEConfig, TextConfig])
+def test_every_field_of_a_config_has_bounds(kind):
+    """A field that is added needs its line in the tables of source.py: without one nothing fits it."""
+    for field in fields(kind):
+        assert fits(field.name, field.default)
+        for value in (None, "x", -1, 0, 1e30, 10**12, True, (1, "x"), [1], float("nan")):
+            assert not fits(field.name, value), (field.name, value)
+
+
+@pytest.mark.parametrize("kind", [sd.UNetConfig, sd.VAEConfig, TextConfig])
+def test_configs_are_values(kind):
+    """Equal where their fields are, usable as a key, and never changed under a model that was built by them."""
+    assert kind() == kind()
+    assert hash(kind()) == hash(kind())
+    name = fields(kind)[0].name
+    assert kind(**{name: 7}) != kind()
+    with pytest.raises(FrozenInstanceError):
+        setattr(kind(), name, 7)
+    assert getattr(kind(), name) == fields(kind)[0].default

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import warnings
 import pytest
 import torch
 
-from sd.text import TextEncoder, read_tokenizer, text_shapes
+from sd.text import TextConfig, TextEncoder, check_tokenizer, text_shapes
+from sd.weights import tokenizer
+from sd.weights.tokenizer import read_tokenizer
 from tests.layouts import tokenizer_files
 
 
@@ -19,8 +23,10 @@ def fresh(tiny):
     """The tiny model's text encoder, before its first use."""
 
     def make(**changes):
-        texts = {"vocab": tiny.text.vocab, "merges": tiny.text.merges} | changes
-        return TextEncoder(tiny.text.config, tiny.text.state_dict(), **texts)
+        words = changes.pop("known_words", None)
+        texts = {"vocab.json": tiny.text.vocab, "merges.txt": tiny.text.merges}
+        texts |= {f"{name}.{'json' if name == 'vocab' else 'txt'}": text for name, text in changes.items()}
+        return TextEncoder(tiny.text.config, tiny.text.state_dict(), texts, words)
 
     return make
 
@@ -114,7 +120,7 @@ def test_a_tokenizer_as_transformers_5_saves_it(tiny, tmp_path):
 def test_names_of_either_age_of_transformers(tiny, prefix):
     tensors = {prefix + n: t for n, t in tiny.text.state_dict().items()}
     tensors[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
-    text = TextEncoder(tiny.text.config, tensors, tiny.text.vocab, tiny.text.merges)
+    text = TextEncoder(tiny.text.config, tensors, tiny.text.texts)
     assert torch.equal(text.encode("a star"), tiny.text.encode("a star"))
     assert text.state_dict().keys() == text_shapes(text.config).keys()
     assert not any(t.is_meta for t in [*text.model.parameters(), *text.model.buffers()])
@@ -131,3 +137,68 @@ def test_conversion_before_and_after_first_use(fresh):
 def test_importing_it_imports_no_transformers():
     code = "import sys, sd.text, sd.loader; assert not {'transformers', 'huggingface_hub'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- where a tokenizer is found
+
+
+def packed_vocabulary(merges):
+    """What openai/CLIP and open_clip bring: a head, merges, and more than CLIP uses of them."""
+    return gzip.compress("\n".join(["the head", *merges, *["no more"] * 200_000]).encode())
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package `open_clip` that cannot be imported, beside a cache of the Hub that is empty, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "site/open_clip"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(folder.parent)
+    importlib.invalidate_caches()
+    return folder
+
+
+def test_clips_vocabulary_is_read_from_a_package_that_is_not_imported(package):
+    letters = tokenizer.bytes_to_letters()
+    pairs = [(a, b) for a in letters[:222] for b in letters[:221]][: tokenizer.MERGES]
+    (package / tokenizer.PACKED).write_bytes(packed_vocabulary([" ".join(pair) for pair in pairs]))
+    texts = tokenizer.clip_texts("a.ckpt")
+    ids = json.loads(texts["vocab.json"])
+    assert len(ids) == len(set(ids.values())) == 49408  # as the full-size model has
+    assert [ids[t] for t in ("!", "a", "a</w>", "<|startoftext|>", "<|endoftext|>")] == [0, 64, 320, 49406, 49407]
+    assert ids["".join(pairs[0])] == 512
+    assert texts["merges.txt"].split("\n")[1] == " ".join(pairs[0])
+    assert len(texts["merges.txt"].split("\n")) == 48894 + 2
+    assert "open_clip" not in sys.modules
+    check_tokenizer(TextConfig(), **{"vocab": texts["vocab.json"], "merges": texts["merges.txt"]})
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(b"too short"), gzip.compress(b"a b\n" * (5 << 20))]
+)
+def test_a_package_with_another_file_is_passed_over(package, content):
+    (package / tokenizer.PACKED).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^a\.ckpt brings no tokenizer.*--tokenizer.*open_clip_torch"):
+        tokenizer.clip_texts("a.ckpt")
+
+
+def test_a_tokenizer_that_is_found_later_is_checked_then(tiny):
+    asked = []
+
+    def find():
+        asked.append(1)
+        return tokenizer_files() | {"merges.txt": "#version: 0.2\nq z\n"}
+
+    text = TextEncoder(tiny.text.config, tiny.text.state_dict(), find)
+    assert text.model is not None
+    assert not asked  # the weights need no tokenizer
+    with pytest.raises(ValueError, match=r"^The tokenizer does not fit the text encoder: merges.txt .*--tokenizer"):
+        text.encode("a star")
+    good = TextEncoder(tiny.text.config, tiny.text.state_dict(), lambda: asked.append(2) or tokenizer_files())
+    assert torch.equal(good.encode("a star"), tiny.text.encode("a star"))
+    assert torch.equal(good.with_tensors(good.state_dict()).encode("a"), tiny.text.encode("a"))
+    assert asked == [1, 2]

@@ -17,7 +17,11 @@ from train import SPREAD, TEXT, UNET, VAE_SIZES, Text
 from vocabulary import WORDS, tokenizer_files
 
 import sd
+from sd.model import Defaults
 from sd.text import TextConfig, TextEncoder
+
+# The best of the tables in examples/lab/README.md: 98 of 100 pictures are wholly right.
+BEST = Defaults(scheduler="ddim", num_inference_steps=30, guidance_scale=4.0)
 
 
 def trained(folder: Path) -> sd.StableDiffusion:
@@ -34,10 +38,9 @@ def trained(folder: Path) -> sd.StableDiffusion:
     vae.load_state_dict(state("vae", "module"))
     unet = sd.UNet(UNET)
     unet.load_state_dict(state("unet", "ema"))
-    files = tokenizer_files()
     config = TextConfig(**TEXT, vocab_size=text.clip.config.vocab_size)
-    encoder = TextEncoder(config, text.clip.state_dict(), files["vocab.json"], files["merges.txt"], WORDS)
-    return sd.StableDiffusion(unet.eval(), vae.eval(), encoder, name="shapes", size=SIZE)
+    encoder = TextEncoder(config, text.clip.state_dict(), tokenizer_files(), WORDS)
+    return sd.StableDiffusion(unet.eval(), vae.eval(), encoder, name="shapes", size=SIZE, defaults=BEST)
 
 
 if __name__ == "__main__":

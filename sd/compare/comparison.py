@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ..loader import build, check_device, check_dtype, load, read_config, tokenizer_texts
 from ..model import StableDiffusion
 from ..scheduler import SCHEDULERS, make_scheduler
-from ..text import TextEncoder
 from ..vae import VAE
 from ..weights.names import PARTS
 from ..weights.source import LoadError, Source, find, refuse_other_kinds
+from ..weights.unread import read
 from . import reference
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
 from .reference import CompareError
@@ -54,13 +54,13 @@ class Inputs:
     image: Tensor  # (1, 3, H, W) in [-1, 1]
 
 
-def make_inputs(model: StableDiffusion, size: int | None) -> Inputs:
+def make_inputs(model: StableDiffusion, size: int | None, dtype: torch.dtype | None = None) -> Inputs:
     f = model.vae.config.downsampling
     size = model.size if size is None else size
     if type(size) is not int or size % f or not f <= size <= 4096:
         raise CompareError(f"The size must be a multiple of {f} from {f} to 4096 pixels, not {size!r}.")
     generator = torch.Generator().manual_seed(0)
-    on: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    on: dict[str, Any] = {"device": model.device, "dtype": dtype or model.dtype}
     latents = torch.randn(2, model.unet.config.in_channels, size // f, size // f, generator=generator)
     image = torch.rand(1, model.vae.config.in_channels, size, size, generator=generator) * 2 - 1
     return Inputs(latents.to(**on), torch.tensor([981.0, 17.25], device=model.device), image.to(**on))
@@ -117,7 +117,8 @@ def compare_with_diffusers(
     usual = BOUNDS.get(model.dtype, 1e-2)
     bound, lms_bound = (usual, max(usual, LMS_BOUND)) if bound is None else (bound, bound)
     version = reference.diffusers().__version__
-    model = model.ready()
+    read(model.unet)
+    read(model.vae)
     inputs = make_inputs(model, size)
     side = inputs.image.shape[-1]
     report = Report(
@@ -140,7 +141,7 @@ def compare_with_diffusers(
 
 def compare_text(model: StableDiffusion, texts: list[str], bound: float, repeats: int) -> Row:
     """Ours against transformers' CLIPTextModel as diffusers' encode_prompt calls it."""
-    fresh = TextEncoder(model.text.config, model.text.state_dict(), model.text.vocab, model.text.merges)
+    fresh = model.text.with_tensors(model.text.state_dict())
 
     for encoder in (model.text, fresh):
         _ = encoder.model, encoder.tokenizer  # made on first use, which is not to be measured
@@ -255,9 +256,9 @@ def compare_sources(
     if any(change.kind != "value" for change in report.changes):
         report.notes.append("The blocks are not compared, for the two do not have the same tensors.")
         return report
-    texts = first.tokenizer or second.tokenizer if tokenizer is None else None
+    own = first.tokenizer or second.tokenizer if tokenizer is None else None
     try:
-        texts = texts or tokenizer_texts(first, tokenizer, token)
+        texts = own or tokenizer_texts(first, tokenizer, token)
     except LoadError as error:
         if tokenizer is not None:
             raise
@@ -266,7 +267,7 @@ def compare_sources(
     models = []
     try:
         for found in (first, second):
-            models.append(build(found, settings, texts, lazy=(torch.device("cpu"), dtype)))
+            models.append(build(found, settings, texts))
     except LoadError as error:
         # Where A is a model, or their files say other things, it is a difference that B is none.
         apart = models or first.configs != second.configs
@@ -274,7 +275,7 @@ def compare_sources(
         return report
     report.differences += other_configs(*models)
     size = first.size or second.size if size is None else size  # a .ckpt does not tell
-    report.rows = compare_outputs(models[0], models[1], size, prompt, bound)
+    report.rows = compare_outputs(models[0], models[1], size, prompt, bound, dtype)
     return report
 
 
@@ -333,13 +334,15 @@ def relative_by_pieces(got: Tensor, expected: Tensor, piece: int = 1 << 22) -> f
     return most / max(top, 1e-300) if most else 0.0
 
 
-def compare_outputs(a: StableDiffusion, b: StableDiffusion, size: int | None, prompt: str, bound: float) -> list[Row]:
-    """Rows of B's text encoder, blocks and wholes against A's; both models lazily loaded."""
-    inputs, dtype = make_inputs(a, size), a.dtype
+def compare_outputs(
+    a: StableDiffusion, b: StableDiffusion, size: int | None, prompt: str, bound: float, dtype: torch.dtype
+) -> list[Row]:
+    """Rows of B's text encoder, blocks and wholes against A's; the weights of both are as in their files."""
+    inputs = make_inputs(a, size, dtype)
 
     def encode(model: StableDiffusion) -> Tensor:
         tensors = {name: t.to(dtype) for name, t in model.text.state_dict().items()}
-        return TextEncoder(model.text.config, tensors, a.text.vocab, a.text.merges).encode(["", prompt])
+        return a.text.with_tensors(tensors).encode(["", prompt])
 
     def blocks(name: str, modules: Sequence[Mapping[str, nn.Module]], runs: Sequence[Callable[[], Tensor]]) -> None:
         with weights_on_use(modules[0], dtype), weights_on_use(modules[1], dtype):

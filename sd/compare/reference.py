@@ -20,6 +20,7 @@ from ..text import TextConfig, TextEncoder, text_shapes
 from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
 from ..vae import VAE, VAEConfig
 from ..weights import names
+from ..weights.tokenizer import bytes_to_letters
 
 
 class CompareError(ValueError):
@@ -40,12 +41,6 @@ SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1)
 SMALL_TEXT = TextConfig(
     vocab_size=517, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1
 )
-
-
-def bytes_to_letters() -> list[str]:
-    """The 256 characters by which CLIP's tokenizer writes bytes."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in kept] + [chr(256 + i) for i in range(256 - len(kept))]
 
 
 def tokenizer_files() -> dict[str, str]:
@@ -85,8 +80,7 @@ def random_model(
         shapes = {key: tensor.shape for key, tensor in part.state_dict().items()}
         part.load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
     shapes = {key: torch.Size(shape) for key, shape in text_shapes(text).items()}
-    files = tokenizer_files()
-    encoder = TextEncoder(text, random_tensors(shapes, 2, dtype), files["vocab.json"], files["merges.txt"])
+    encoder = TextEncoder(text, random_tensors(shapes, 2, dtype), tokenizer_files())
     return StableDiffusion(parts[0].eval(), parts[1].eval(), encoder, name=name, size=size)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..weights.names import PARTS
 from .measure import Row
 
@@ -56,12 +56,7 @@ def write_report(report: Report, path: Path) -> None:
 
     first = report.first_over
     content = asdict(report) | {"same": report.same, "first_over": first and first.name}
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, json.dumps(plain(content), indent=1) + "\n", force=True)
 
 
 def format_report(report: Report, most: int = 20) -> str:

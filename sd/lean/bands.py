@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import Attention, attention
+from ..speed.winograd import halve
 from ..vae import VAE, AttnBlock, Downsample, Mid, ResnetBlock, Upsample
 
 Weights = Callable[[nn.Module], tuple[Tensor, Tensor]]  # a layer's weight and bias, ready for computing
@@ -173,12 +173,6 @@ class UpsampleConv(Rows):
         self.x.release(max(a // 2 - 1, 0))
 
 
-def halve(weight: Tensor, dim: int, parity: int) -> Tensor:
-    """Three weights along `dim` to the two of even (0) or odd (1) rows of an upsampled tensor."""
-    w = weight.unbind(dim)
-    return torch.stack([w[0], w[1] + w[2]] if parity == 0 else [w[0] + w[1], w[2]], dim)
-
-
 class DownsampleConv(Rows):
     """The encoder's: padding on the right and at the bottom only, then 3 x 3 with stride 2."""
 
@@ -226,11 +220,10 @@ class Bands:
         size: int = 1 << 21,
         choices: tuple[Choice, ...] = (),
         weights: Weights = as_they_are,
-        attend: Attention = attention,
         tidy: Callable[[], None] = lambda: None,
     ):
         self.size, self.tidy = size, tidy
-        self.weights, self.attend = weights, attend
+        self.weights = weights
         self.choices = list(choices)
 
     def band(self, x: Rows) -> int:
@@ -305,7 +298,7 @@ class Bands:
 
         q, k, v = (linear(layer, y).unsqueeze(1) for layer in (block.q, block.k, block.v))
         del y
-        y = self.attend(q, k, v).squeeze(1)
+        y = block.attend(q, k, v).squeeze(1)
         del q, k, v
         whole = whole + linear(block.proj_out, y).transpose(1, 2).reshape(whole.shape)
         return self.store(Given(whole), block.norm.num_groups)

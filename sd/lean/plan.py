@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
-from ..unet import UNetConfig
-from ..vae import VAEConfig
+from ..unet import Part, UNetConfig, topology
+from ..vae import VAEConfig, decoder_widths
 from .bands import Choice
 
 # Libraries' own on the CPU, measured: importing transformers' CLIP takes 112 MB (it brings torch.distributed, sympy
@@ -120,6 +120,12 @@ def make_plan(job: Job, memory: int) -> Plan:
         for halves, piece in product((False, True) if job.guidance else (False,), PIECES)
         if (p := replace(plan, halves=halves, piece=piece)).peaks["UNet"] <= memory
     )
+    plan = choose_bands(plan, memory)
+    return replace(plan, kept=max(0, min(job.streamable, memory - plan.peaks["UNet"])))
+
+
+def choose_bands(plan: Plan, memory: int) -> Plan:
+    """The same plan with the fastest way to decode within `memory` bytes, or as it is where none fits."""
     for band in BANDS:
         wider = replace(plan, band=band)
         if wider.peaks["VAE"] <= memory:
@@ -132,8 +138,7 @@ def make_plan(job: Job, memory: int) -> Plan:
             if trial.peaks["VAE"] <= memory:
                 choices[i] = choice
                 break
-    plan = replace(plan, choices=tuple(choices))
-    return replace(plan, kept=max(0, min(job.streamable, memory - plan.peaks["UNet"])))
+    return replace(plan, choices=tuple(choices))
 
 
 # ---- peaks
@@ -166,7 +171,6 @@ def unet_layers(job: Job, piece: int) -> Iterator[int]:
     c, f = job.unet, job.vae.downsampling
     h, w = -(-job.height // f), -(-job.width // f)
     areas = [(-(-h // 2**i)) * (-(-w // 2**i)) for i in range(len(c.channel_mult))]
-    widths = [c.model_channels * m for m in c.channel_mult]
 
     def res(cin: int, cout: int, area: int) -> int:
         # The input, its norm and the result; the convolution's own copies of the latter two, by blocks.
@@ -179,30 +183,23 @@ def unet_layers(job: Job, piece: int) -> Iterator[int]:
         feed = 4 * channels * area + 2 * max(piece // 4, 64 * 4 * channels)
         return max(attend, feed)
 
-    skips, waiting, ch = [c.model_channels * areas[0]], c.model_channels * areas[0], c.model_channels
-    last = len(widths) - 1
-    for i, (width, area) in enumerate(zip(widths, areas, strict=True)):
-        for _ in range(c.num_res_blocks):
-            yield waiting + res(ch, width, area)
-            if 2**i in c.attention_resolutions:
-                yield waiting + transformer(width, area)
-            ch = width
-            skips.append(width * area)
-            waiting += width * area
-        if i != last:
-            skips.append(width * areas[i + 1])
-            waiting += width * areas[i + 1]
-    yield waiting + max(res(ch, ch, areas[-1]), transformer(ch, areas[-1]))
-    for i, width in reversed(list(enumerate(widths))):
-        for k in range(c.num_res_blocks + 1):
-            skip = skips.pop()
-            waiting -= skip
-            yield waiting + res(ch + skip // areas[i], width, areas[i])
-            if 2**i in c.attention_resolutions:
-                yield waiting + transformer(width, areas[i])
-            if i and k == c.num_res_blocks:
-                yield waiting + width * (areas[i] + 4 * areas[i - 1])
-            ch = width
+    def alive(part: Part) -> int:
+        area = areas[part.level]
+        if part.kind == "res":
+            return res(part.channels, part.out_channels, area)
+        if part.kind == "transformer":
+            return transformer(part.channels, area)
+        return part.channels * (area + 4 * areas[part.out_level]) if part.kind == "up" else 0
+
+    inputs, (middle,), outputs = topology(c)
+    skips: list[int] = []  # those that wait for their output block
+    for parts in inputs:
+        yield from (sum(skips) + alive(part) for part in parts)
+        skips.append(parts[-1].out_channels * areas[parts[-1].out_level])
+    yield from (sum(skips) + alive(part) for part in middle)
+    for parts in outputs:
+        skips.pop()
+        yield from (sum(skips) + alive(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -219,13 +216,13 @@ def resnets(job: Job) -> Iterator[Stage]:
     """Of the decoder, in order of use."""
     c, f = job.vae, job.vae.downsampling
     area = (job.height // f) * (job.width // f)
-    ch = c.ch * c.ch_mult[-1]
+    levels = decoder_widths(c)
+    ch = levels[-1][0]
     yield from 2 * [Stage(ch, ch, area, 0)]
-    for i, mult in reversed(list(enumerate(c.ch_mult))):
-        for k in range(c.num_res_blocks + 1):
-            first = k == 0 and i < len(c.ch_mult) - 1
-            yield Stage(ch, c.ch * mult, area, ch * area // 4 if first else 0)
-            ch = c.ch * mult
+    for i, widths in reversed(list(enumerate(levels))):
+        for k, (channels, out) in enumerate(pairwise(widths)):
+            first = k == 0 and i < len(levels) - 1
+            yield Stage(channels, out, area, channels * area // 4 if first else 0)
         area *= 4
 
 

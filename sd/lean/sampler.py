@@ -9,26 +9,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..model import StableDiffusion, refuse_fast
-from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide
+from ..attention import BasicTransformerBlock
+from ..model import StableDiffusion
+from ..operations import copy_of
+from ..sampler import Denoiser, Prompt, Request, SimpleSampler, finished, guide
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
+from ..weights.unread import computes_in
 from .bands import Bands
-from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, make_plan
-from .stream import Weights, streamed, weights_on
+from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, choose_bands, least, make_plan
+from .stream import Streamed, Weights, weights_on
 
 
 class LeanSampler(SimpleSampler):
     """Draws what `SimpleSampler` draws, up to rounding, in little memory; the call is the same.
 
-    model    best from `sd.load(source, lazy=True)`, which leaves the weights in the file; one that is in memory
-             already is used as it is, and only its activations are lean
+    model    as `sd.load` gives it, with the weights still in their file; one that is in memory already is used as it
+             is, and only its activations are lean
     memory   "600MB", "1.5GB" or bytes: the peak to stay below, counted from the process as it is before the first
              call; if not given, four fifths of what is free. With more memory more weights are kept: faster.
 
@@ -37,16 +41,13 @@ class LeanSampler(SimpleSampler):
     """
 
     def __init__(self, model: StableDiffusion, memory: str | int | None = None):
-        refuse_fast(model, "LeanSampler")
+        super().__init__(model)
         self.base = anonymous()
-        self.model = model
         self.memory = None if memory is None else bytes_of(memory)
-        self.weights: Weights | None = None
-        self.current: Plan | None = None
 
     # ---- the plan
 
-    def job(self, request: Request) -> Job:
+    def job(self, height: int, width: int, batch: int, guidance: bool, steps: int) -> Job:
         model, itemsize = self.model, self.model.dtype.itemsize
         ready = Weights(model.dtype, model.device).ready
         streamable = sum(w.numel() for w in large_weights(model.unet) if not ready(w))
@@ -54,51 +55,49 @@ class LeanSampler(SimpleSampler):
             model.unet.config,
             model.vae.config,
             model.text.config.hidden_size,
-            request.height,
-            request.width,
-            len(request.context),
-            request.negative is not None,
-            len(request.scheduler.timesteps),
+            height,
+            width,
+            batch,
+            guidance,
+            steps,
             itemsize,
             PROCESS if model.device.type == "cpu" else 0,
             itemsize * streamable,
         )
 
+    def available(self) -> int:
+        return free_memory(self.model.device) if self.memory is None else self.memory
+
     def make_plan(self, request: Request) -> Plan:
-        return make_plan(self.job(request), free_memory(self.model.device) if self.memory is None else self.memory)
+        guidance, steps = request.negative is not None, len(request.scheduler.timesteps)
+        job = self.job(request.height, request.width, len(request.context), guidance, steps)
+        return make_plan(job, self.available())
 
     def plan(self, prompt: Prompt | None = None, **options: Any) -> Plan:
         """How this call would be done. Takes the arguments of a call; `str(plan)` is for people."""
         with torch.no_grad():
             return self.make_plan(self.request(prompt, **options))
 
-    # ---- the stages, each with its own weights
+    # ---- the stages, each with its own weights: text encoder, UNet and VAE are not in memory together
 
-    def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
-        if isinstance(prompt, Tensor):
-            return super()._encode(prompt, name, count)
+    def encode_prompt(self, texts: list[str]) -> Tensor:
         weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
-        with self.stage("text encoder"), streamed(self.model.text.model, weights):
-            return super()._encode(prompt, name, count)
+        text = self.model.text.with_model(copy_of(self.model.text.as_stored().model, Streamed(weights)))
+        with self.stage("text encoder"), torch.no_grad():
+            return text.encode(texts).to(device=self.model.device, dtype=self.model.dtype)
 
-    def run(self, request: Request) -> Iterator[Step]:
-        try:
-            yield from super().run(request)
-        finally:
-            if self.weights is not None:
-                self.weights.release()  # text encoder, UNet and VAE are not in memory together
-
-    def denoiser(self, request: Request) -> Denoiser:
+    @contextmanager
+    def denoiser(self, request: Request) -> Iterator[Denoiser]:
         trim()
-        self.current = plan = self.make_plan(request)
-        self.weights = weights_on(self.model.device, self.model.dtype, plan.piece, self.tidier(plan.peaks["UNet"]))
+        plan = self.make_plan(request)
+        weights = weights_on(self.model.device, self.model.dtype, plan.piece, self.tidier(plan.peaks["UNet"]))
         contexts = [request.context] if request.negative is None else [request.negative, request.context]
-        with self.stage("UNet"):
-            unet = LeanUNet(self.model.unet, self.weights, request, contexts)
-            self.weights.keep(large_weights(self.model.unet), plan.kept)
+        with self.stage("UNet", plan):
+            unet = LeanUNet(self.model.unet, weights, request, contexts)
+            weights.keep(large_weights(unet.unet), plan.kept)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            with self.stage("UNet"):
+            with self.stage("UNet", plan):
                 if request.negative is None:
                     return unet(x, t, slice(0, 1))
                 if plan.halves:
@@ -107,19 +106,22 @@ class LeanSampler(SimpleSampler):
                     away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
                 return guide(away, towards, request.guidance_scale)
 
-        return denoiser
+        try:
+            yield denoiser
+        finally:
+            weights.release()
+            unet.ops.known.clear()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
         if output_type == "latent":
             return latents
         trim()
-        plan = self.current
         f = self.model.vae.config.downsampling
-        if plan and (f * latents.shape[2], f * latents.shape[3]) != (plan.job.height, plan.job.width):
-            plan = None  # of another call
-        like = next(self.model.vae.parameters())  # may differ from the UNet's, where it is in memory
-        weights = Weights(*((latents.dtype, self.model.device) if self.model.lazy else (like.dtype, like.device)))
+        job = self.job(f * latents.shape[2], f * latents.shape[3], len(latents), guidance=False, steps=1)
+        plan = choose_bands(least(job), self.available())
+        device, dtype = computes_in(self.model.vae)  # may differ from the UNet's
+        weights = Weights(dtype, device)
         latents = latents.to(weights.device, weights.dtype)
 
         def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -127,11 +129,8 @@ class LeanSampler(SimpleSampler):
 
         images = []
         for z in latents.split(1):
-            with self.stage("VAE"):
-                if plan:
-                    bands = Bands(plan.band, plan.choices, ready, tidy=self.tidier(plan.peaks["VAE"]))
-                else:
-                    bands = Bands(weights=ready)
+            with self.stage("VAE", plan):
+                bands = Bands(plan.band, plan.choices, ready, tidy=self.tidier(plan.peaks["VAE"]))
                 images.append(bands.decode(self.model.vae, z))
             trim()
         result = torch.cat(images) if len(images) > 1 else images[0]
@@ -159,13 +158,12 @@ class LeanSampler(SimpleSampler):
         return tidy if self.model.device.type == "cpu" else check
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, plan: Plan | None = None) -> Iterator[None]:
         """Around a part of the work: says what to do where the file or the device fails in it."""
         self.model.check_file()
         try:
             yield
         except torch.OutOfMemoryError:
-            plan = self.current
             needs = f"it should take {plan.peak / 1e6:.0f} MB" if plan else "it is the first stage"
             advice = f"pass memory= less than {plan.peak / 1e6:.0f} MB, or free some" if plan else "free some"
             raise ValueError(f"The device ran out of memory in the {name} ({needs}): {advice}.") from None
@@ -174,39 +172,42 @@ class LeanSampler(SimpleSampler):
 class LeanUNet:
     """The UNet with streamed weights, for the prompts and the timesteps of one request.
 
-    What depends on the time alone, or on the text alone, is computed once; those weights are not needed again.
+    What depends on the time alone, or on the text alone, is computed once, here; those weights are not needed again.
+    Another request has other prompts and timesteps, so it makes another one of these.
     """
 
     def __init__(self, unet: UNet, weights: Weights, request: Request, contexts: list[Tensor]):
-        self.unet, self.weights = unet, weights
+        self.ops = Streamed(weights)
+        self.unet = copy_of(unet, self.ops)
         self.images = len(contexts[0])
-        self.texts: dict[nn.Module, Tensor] = {}  # of each to_k and to_v of cross-attention: (parts*B, 77, C)
-        self.times: dict[nn.Module, Tensor] = {}  # of each emb_layers: (timesteps, C)
         timesteps = torch.tensor(request.scheduler.timesteps, dtype=torch.float32, device=weights.device).unique()
         self.row = {t: i for i, t in enumerate(timesteps.tolist())}
-        with torch.no_grad(), streamed(unet, weights):
-            for name, module in unet.named_modules():
-                if name.endswith(("attn2.to_k", "attn2.to_v")):
-                    self.texts[module] = torch.cat([module(context) for context in contexts])
-            wave = timestep_embedding(timesteps, unet.config.model_channels).to(weights.dtype)
-            emb = unet.time_embed(wave)  # (timesteps, 4 * model_channels)
-            for block in unet.modules():
-                if isinstance(block, ResBlock):
-                    self.times[block.emb_layers] = block.emb_layers(emb)
+        self.now, self.rows = 0, slice(0)  # of the call under way: its timestep, and its rows of the contexts
+        with torch.no_grad():
+            texts = {
+                layer: torch.cat([layer(context) for context in contexts])  # (parts*B, 77, C)
+                for block in self.unet.modules()
+                if isinstance(block, BasicTransformerBlock)
+                for layer in (block.attn2.to_k, block.attn2.to_v)
+            }
+            emb = self.unet.time_embed(timestep_embedding(timesteps, unet.config.model_channels).to(weights.dtype))
+            times = {self.unet.time_embed[2]: emb}  # (timesteps, C)
+            times |= {b.emb_layers[1]: b.emb_layers(emb) for b in self.unet.modules() if isinstance(b, ResBlock)}
+        self.ops.known = {layer: partial(self.of_text, kv) for layer, kv in texts.items()}
+        self.ops.known |= {layer: partial(self.of_time, table) for layer, table in times.items()}
+        self.ops.known[self.unet.time_embed[0]] = partial(self.of_time, emb)  # which nobody looks at
+
+    def of_text(self, kv: Tensor) -> Tensor:
+        return kv[self.rows]
+
+    def of_time(self, table: Tensor) -> Tensor:
+        return table[self.now : self.now + 1]
 
     def __call__(self, x: Tensor, t: Tensor, parts: slice) -> Tensor:
         """parts: which of the contexts x stands for."""
-        rows = slice(parts.start * self.images, parts.stop * self.images)
-        now = self.row[t[0].item()]
-        forwards: dict[nn.Module, Callable[..., Tensor]] = {self.unet.time_embed: lambda wave: wave}
-        forwards |= {layer: constant(kv[rows]) for layer, kv in self.texts.items()}
-        forwards |= {layer: constant(table[now : now + 1]) for layer, table in self.times.items()}
-        with streamed(self.unet, self.weights, forwards):
-            return self.unet(x, t, x)  # the context is not looked at
-
-
-def constant(value: Tensor) -> Callable[..., Tensor]:
-    return lambda *_: value
+        self.rows = slice(parts.start * self.images, parts.stop * self.images)
+        self.now = self.row[t[0].item()]
+        return self.unet(x, t, x)  # the context is not looked at
 
 
 def large_weights(unet: UNet) -> Iterator[Tensor]:

@@ -2,8 +2,8 @@
 
 `Weights.parts` gives some rows of a weight, ready to compute with. A weight that lies in the file's
 memory map in another dtype, or on another device, is copied into a buffer that the next piece reuses; what is kept
-(`Weights.keep`) is copied once. `streamed` makes the layers of a model ask for their weights in this way, from
-outside: the model's own code knows nothing of it.
+(`Weights.keep`) is copied once. `Streamed` are the operations of a model whose layers ask for their weights in this
+way, and write in place where they can.
 
 Large layers come in pieces of output channels, and the feed-forward in pieces of its inner width, so that neither
 a whole layer nor its widest activation need exist. Each output is computed as before, by the same sums.
@@ -11,17 +11,15 @@ a whole layer nor its widest activation need exist. Each output is computed as b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import GEGLU, FeedForward, replaced
-from ..unet import ResBlock
+from ..attention import GEGLU, FeedForward
+from ..operations import NormSiLUConvolution, Operations
 
 Part = tuple[Tensor, Any]  # a weight, and which part of it: an index
 Key = tuple[tuple[int, int], ...]
@@ -180,7 +178,22 @@ def weights_on(
 # ---- layers that ask for their weights
 
 
-def linear(layer: nn.Linear, weights: Weights, x: Tensor) -> Tensor:
+class Streamed(Operations):
+    """`weights` gives the weights; `known` has what some layers give for a whole request, which is computed once."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self.known: dict[nn.Module, Callable[[], Tensor]] = {}
+
+    def norm_silu_conv(self, layers: NormSiLUConvolution, x: Tensor, add: Tensor | None = None) -> Tensor:
+        y = layers.conv(F.silu(layers.norm(x), inplace=True))
+        return y if add is None else y.add_(add)
+
+
+def linear(ops: Streamed, layer: nn.Linear, x: Tensor) -> Tensor:
+    if layer in ops.known:
+        return ops.known[layer]()
+    weights = ops.weights
     bias = None if layer.bias is None else weights.small(layer.bias)
     pieces = weights.pieces(layer.weight)
     if len(pieces) == 1:
@@ -192,7 +205,8 @@ def linear(layer: nn.Linear, weights: Weights, x: Tensor) -> Tensor:
     return out
 
 
-def conv2d(layer: nn.Conv2d, weights: Weights, x: Tensor) -> Tensor:
+def conv2d(ops: Streamed, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    weights = ops.weights
     bias = None if layer.bias is None else weights.small(layer.bias)
     pieces, out = weights.pieces(layer.weight), None
     for a, b in pieces:
@@ -208,31 +222,25 @@ def conv2d(layer: nn.Conv2d, weights: Weights, x: Tensor) -> Tensor:
     return out
 
 
-def group_norm(layer: nn.GroupNorm, weights: Weights, x: Tensor) -> Tensor:
-    return F.group_norm(x, layer.num_groups, weights.small(layer.weight), weights.small(layer.bias), layer.eps)
+def group_norm(ops: Streamed, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+    small = ops.weights.small
+    return F.group_norm(x, layer.num_groups, small(layer.weight), small(layer.bias), layer.eps)
 
 
-def layer_norm(layer: nn.LayerNorm, weights: Weights, x: Tensor) -> Tensor:
-    gain, bias = weights.small(layer.weight), weights.small(layer.bias)
-    return F.layer_norm(x, layer.normalized_shape, gain, bias, layer.eps)
+def layer_norm(ops: Streamed, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    small = ops.weights.small
+    return F.layer_norm(x, layer.normalized_shape, small(layer.weight), small(layer.bias), layer.eps)
 
 
-def embedding(layer: nn.Embedding, weights: Weights, ids: Tensor) -> Tensor:
+def embedding(ops: Streamed, layer: nn.Embedding, ids: Tensor) -> Tensor:
     """Only the rows that are asked for leave the file."""
-    return F.embedding(ids.to(layer.weight.device), layer.weight.detach()).to(weights.device, weights.dtype)
+    rows = F.embedding(ids.to(layer.weight.device), layer.weight.detach())
+    return rows.to(ops.weights.device, ops.weights.dtype)
 
 
-def res_block(block: ResBlock, weights: Weights, x: Tensor, emb: Tensor) -> Tensor:
-    """The textbook's, with in-place steps."""
-    h = F.silu(block.in_layers[0](x), inplace=True)
-    h = block.in_layers[2](h).add_(block.emb_layers(emb)[:, :, None, None])
-    h = F.silu(block.out_layers[0](h), inplace=True)
-    return block.out_layers[3](h).add_(block.skip_connection(x))
-
-
-def feed_forward(layer: FeedForward, weights: Weights, x: Tensor) -> Tensor:
+def feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tensor:
     """GEGLU and the projection after it, over pieces of the inner width and of the tokens."""
-    geglu, out_layer = layer.net[0], layer.net[2]
+    weights, geglu, out_layer = ops.weights, layer.net[0], layer.net[2]
     assert isinstance(geglu, GEGLU)
     assert isinstance(out_layer, nn.Linear)
     proj, last = geglu.proj.weight, out_layer.weight
@@ -253,23 +261,11 @@ def feed_forward(layer: FeedForward, weights: Weights, x: Tensor) -> Tensor:
     return out.view(x.shape)
 
 
-FORWARDS: dict[type, Callable[..., Tensor]] = {
+Streamed.layers = {
     nn.Linear: linear,
     nn.Conv2d: conv2d,
     nn.GroupNorm: group_norm,
     nn.LayerNorm: layer_norm,
     nn.Embedding: embedding,
-    ResBlock: res_block,
     FeedForward: feed_forward,
 }
-
-
-@contextmanager
-def streamed(model: nn.Module, weights: Weights, forwards: Mapping[nn.Module, Any] | None = None) -> Iterator[None]:
-    """Within the block, the layers of `model` take their weights from `weights`.
-
-    forwards: other functions for single modules, in place of what they compute.
-    """
-    layers = {m: partial(FORWARDS[type(m)], m, weights) for m in model.modules() if type(m) in FORWARDS}
-    with replaced({**layers, **(forwards or {})}):
-        yield

@@ -1,24 +1,43 @@
-"""Starting ranks on this machine by torch's launcher, for `artist --ranks N`; and what a started rank does first.
+"""Starting ranks on this machine, for `artist --ranks N`; and what a started rank does first.
 
-The launcher (torch elastic) sets up the meeting point, watches the processes, and ends all when one fails.
+The launcher starts the processes, watches them, and ends all when one fails. They meet in a private folder, which is
+gone afterwards: nothing here listens on a port, and what a rank has to say is read as text. Nothing imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
-import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-STARTED = "SD_RANK"  # in the environment of the ranks that `launch` starts
+FOLDER = "SD_RANK"  # in the environment of the ranks that `launch` starts: the private folder where they meet
+PARENT = "SD_LAUNCHER"  # the process that started them
+ECHO = "Another rank is gone"  # so begins what a rank says that ends only because another one did
+PATIENCE = 1.0  # seconds in which a rank with another reason may still end by itself
+NAMES = {item.value: item.name for item in signal.Signals}
+
+# What a rank runs: the very `sd` that the launcher runs. Started with -c, Python looks for modules in the current
+# folder first (unless PYTHONSAFEPATH is set, which 3.10 does not know). Somebody may have downloaded that folder, and
+# a `tqdm.py` in it would be run, so the entry goes before anything else is imported.
+BEGIN = """
+import sys
+getattr(sys.flags, "safe_path", False) or sys.path.pop(0)
+from importlib import util
+spec = util.spec_from_file_location("sd", sys.argv.pop(1))
+sys.modules["sd"] = module = util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from sd.cli import main
+sys.exit(main())
+"""
 
 
 class LaunchError(ValueError):
@@ -27,49 +46,116 @@ class LaunchError(ValueError):
     code = 1
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A rank that failed: its exit code (negative: the signal that killed it), and its last words."""
+
+    rank: int
+    code: int
+    message: str = ""
+
+
+# ---- in a rank
+
+
+def folder() -> Path | None:
+    """Where ranks that `launch` started meet; None where there are none, or another launcher started them."""
+    return Path(os.environ[FOLDER]) if os.environ.get(FOLDER) else None
+
+
 def is_rank() -> bool:
-    """Whether this process is one of several ranks, by whatever launcher."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    return count.isdecimal() and int(count) > 1 and "RANK" in os.environ
+    """Whether this process is one of several ranks, by whatever launcher: it knows its number, and where to meet."""
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    meets = folder() or all(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return rank.isdecimal() and count.isdecimal() and int(count) > 1 and bool(meets)
 
 
 def rank() -> int:
     """This process's place among several ranks; 0 where it is the only one."""
-    return int(os.environ["RANK"]) if is_rank() and os.environ["RANK"].isdecimal() else 0
+    return int(os.environ["RANK"]) if is_rank() else 0
+
+
+def enter() -> None:
+    """At the start of a rank: end with the launcher, should that be killed."""
+    if folder() and sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(PARENT) != str(os.getppid()):  # it was killed before
+            os._exit(1)
+
+
+def report(message: str) -> bool:
+    """Leave a message for the launcher. False where it is not ours: then it has to be printed."""
+    place = folder()
+    if place and is_rank():
+        with contextlib.suppress(OSError):
+            # In one call of the system, so that what is read is all or nothing.
+            words(place, rank()).write_bytes(message.encode(errors="replace")[:4096])
+            return True
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not place:
+        import json
+
+        with contextlib.suppress(OSError):
+            said = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": said}))
+    return False
+
+
+def words(place: Path, rank: int) -> Path:
+    """The file for the last words of a rank."""
+    return place / f"said-{rank}"
+
+
+# ---- in the launcher
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
     """Run `artist` with these arguments as `ranks` processes. Raises LaunchError, naming who failed first."""
-    import inspect
-
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # one message, and that is ours
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
-    with tempfile.TemporaryDirectory() as logs, environment({"OMP_NUM_THREADS": threads, STARTED: "1"}):
-        more: dict[str, Any] = {"shutdown_timeout": 3}  # seconds until a rank that does not end is killed
-        known = inspect.signature(LaunchConfig).parameters
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=ranks,
-            run_id="artist",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-            local_addr="127.0.0.1",
-            **{k: v for k, v in more.items() if k in known},
-        )
+    with tempfile.TemporaryDirectory(prefix="artist-ranks-") as name, ended_by_signals():
+        place = Path(name)  # readable and writable by this user alone
+        children: list[subprocess.Popen[bytes]] = []
         try:
-            elastic_launch(config, sys.executable)("-m", "sd", "draw", *arguments)
-        except ChildFailedError as error:
-            raise failure(error.failures, Path(logs)) from None
-        except SignalException as error:
-            raise KeyboardInterrupt from error
+            for k in range(ranks):
+                children.append(start(arguments, k, ranks, place))
+            failed = wait(children, place)
+        finally:
+            end_all(children)
+        if failed:
+            ended = [Ended(k, code, last_words(place, k)) for k, code in failed.items()]
+            others = [Ended(k, 1, last_words(place, k)) for k in range(ranks) if k not in failed]
+            raise failure([*ended, *(one for one in others if one.message)])  # some were ended while they spoke
+
+
+def start(arguments: Sequence[str], rank: int, ranks: int, place: Path) -> subprocess.Popen[bytes]:
+    home = str(Path(__file__).parents[1] / "__init__.py")
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", BEGIN, home, "draw", *arguments],
+            env=environment(rank, ranks, place),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal reaches the launcher alone, which then ends them
+        )
+    except OSError as error:
+        raise LaunchError(
+            f"Rank {rank} of {ranks} cannot be started ({error.strerror}): give a smaller number to --ranks."
+        ) from None
+
+
+def environment(rank: int, ranks: int, place: Path) -> dict[str, str]:
+    # Another launcher's meeting point is not ours.
+    result = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "TORCHELASTIC_"))}
+    # An empty entry stands for the current folder.
+    path = os.pathsep.join(part for part in result.pop("PYTHONPATH", "").split(os.pathsep) if part)
+    if path:
+        result["PYTHONPATH"] = path
+    result |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
+    result |= {FOLDER: str(place), PARENT: f"{os.getpid()}", "PYTHONSAFEPATH": "1"}
+    result["OMP_NUM_THREADS"] = result.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback:  # whatever is set for work over several machines: here nobody else has to be reached
+        result |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
+    return result
 
 
 def cores() -> int:
@@ -77,70 +163,77 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def environment(values: dict[str, str]) -> Any:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ |= values
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end ranks and launcher as Ctrl-C does, unless the caller handles them otherwise."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def failure(failures: dict[int, Any], logs: Path | None = None) -> LaunchError:
-    """The cause among what failed: others end only because one did.
+def wait(children: Sequence[subprocess.Popen[bytes]], place: Path) -> dict[int, int]:
+    """Until all are done, or one has failed: the exit codes of those that failed, in the order in which they did."""
+    failed: dict[int, int] = {}
+    limit = float("inf")
+    while True:
+        failed |= {k: child.returncode for k, child in enumerate(children) if child.poll() and k not in failed}
+        if all(child.returncode is not None for child in children):
+            return failed
+        if failed:
+            limit = min(limit, time.monotonic() + PATIENCE)
+            # A rank that hears of another's end may be gone before that one is.
+            echoes = all(code > 0 and last_words(place, k).startswith(ECHO) for k, code in failed.items())
+            if not echoes or time.monotonic() > limit:
+                return failed
+        time.sleep(0.1)
 
-    failures: torch's, by rank; logs: the launcher's folder, with what ranks left there
-    """
-    for file in logs.rglob("error.json") if logs else ():
-        message = ""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # half-written, or not ours
-            message = json.loads(file.read_text())["message"]["message"]
-        if message.startswith("Rank "):  # one that watched another hang, and ended it
-            return LaunchError(message)
 
-    def order(rank: int) -> tuple[bool, bool, float]:
-        item = failures[rank]
-        killed = item.exitcode < 0 and item.exitcode != -signal.SIGTERM
-        return not killed, "Another rank is gone" in said(item), item.timestamp
+def end_all(children: Sequence[subprocess.Popen[bytes]], seconds: float = 3.0) -> None:
+    """End those that still run: politely, and after some seconds by force."""
+    try:
+        for child in children:
+            child.terminate()
+        limit = time.monotonic() + seconds
+        while any(child.poll() is None for child in children) and time.monotonic() < limit:
+            time.sleep(0.02)
+    finally:  # also after a second Ctrl-C
+        for child in children:
+            child.kill()
+        for child in children:
+            child.wait()
 
-    rank = min(failures, key=order)
-    first = failures[rank]
-    message = said(first)
-    if first.exitcode < 0:
-        message = f"it was killed by signal {-first.exitcode} ({signal.Signals(-first.exitcode).name})."
+
+def last_words(place: Path, rank: int) -> str:
+    try:
+        return words(place, rank).read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def failure(ended: Sequence[Ended]) -> LaunchError:
+    """The cause among what failed, in the order of failing: others end only because one did."""
+    for one in ended:
+        if one.message.startswith("Rank "):  # it watched another one hang
+            return LaunchError(one.message)
+    first = min(ended, key=lambda one: (one.code > 0, one.message.startswith(ECHO)))  # the first of those alike
+    message = first.message
+    if first.code < 0:
+        message = f"it was killed by signal {-first.code} ({NAMES.get(-first.code, 'unknown')})."
     error = LaunchError(
         message
-        if message and (first.exitcode == 2 or message.startswith("The ranks "))
-        else f"Rank {rank} failed, so all were ended: {message or f'exit code {first.exitcode}'}"
+        if message and (first.code == 2 or message.startswith("The ranks "))
+        else f"Rank {first.rank} failed, so all were ended: {message or f'exit code {first.code}'}"
     )
-    error.code = 2 if first.exitcode == 2 else 1
+    error.code = 2 if first.code == 2 else 1
     return error
-
-
-def said(item: Any) -> str:
-    message = item.message
-    if isinstance(message, dict):
-        message = message.get("message", "")
-    return "" if str(message).startswith("Signal ") or "To enable traceback" in str(message) else str(message)
-
-
-def enter() -> None:
-    """At the start of a rank: end with the launcher, should that be killed."""
-    if os.environ.get(STARTED) and sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def report(message: str) -> bool:
-    """Leave a message for the launcher. False where it is not ours: then it has to be printed."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:  # torchrun's, or ours
-        part = f"{file}.{os.getpid()}"
-        with open(part, "w") as out:
-            json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, out)
-        os.replace(part, file)
-    return bool(file and os.environ.get(STARTED))

@@ -1,29 +1,29 @@
-"""Messages between ranks, on torch.distributed, and a watch over them.
+"""Messages between ranks, on torch.distributed.
 
 All exchanges are point to point over the default group: who needs what from whom is known to both sides from shapes
 alone, so any set of ranks can exchange without a group of its own. What is sent at once to a rank is one message.
+What comes from another rank is numbers or text: nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import os
-import signal
 import socket
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from .launch import report
+from .launch import ECHO, folder, is_rank, rank
+from .pulse import waiting
 
 Shape = tuple[int, ...]
 
@@ -115,35 +115,44 @@ def lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:200]
-        raise RankError(f"Another rank is gone, so this one stops ({reason}).") from None
+        raise RankError(f"{ECHO}, so this one stops ({reason}).") from None
 
 
 # ---- the world
 
 
 def connect(device: torch.device) -> None:
-    """Join the process group that the launcher describes, unless there is one already or this is the only rank."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    """Join the process group that the launcher describes, unless there is one already or this is the only rank.
+
+    Ranks that `launch` started meet in its folder, and their sockets are open to this machine alone. Others meet at
+    MASTER_ADDR, as torchrun has it.
+    """
+    if dist.is_initialized() or not is_rank():
         return
+    here, count, place = rank(), int(os.environ["WORLD_SIZE"]), folder()
+    if here >= count:
+        raise RankError(f"RANK is {here}, but WORLD_SIZE is {count}: give ranks from 0 to {count - 1}.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    # With a device all ranks are connected before two of them talk.
+    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    if place:
+        where, hint = str(place), "check that the folder for temporary files has room."
+    else:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        hint = "check that the address is reachable and the port free."
     try:
-        if os.environ["RANK"] != "0":
-            reach(address, int(port))
-        if device.type == "cuda":
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl", device_id=device
-            )  # connects all ranks before two of them talk
+        if place:
+            store = dist.FileStore(str(place / "meeting"), count)
+            dist.init_process_group(backend, store=store, rank=here, world_size=count, device_id=own)
         else:
-            dist.init_process_group("gloo")
+            if here:
+                reach(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            dist.init_process_group(backend, device_id=own)
         atexit.register(end)
     except (RuntimeError, ValueError, OSError) as error:
-        where = f"{address}:{port}"
-        raise RankError(
-            f"The ranks cannot meet at {where} ({str(error).splitlines()[0][:200]}): "
-            "check that the address is reachable and the port free."
-        ) from None
+        reason = str(error).splitlines()[0][:200]
+        raise RankError(f"The ranks cannot meet at {where} ({reason}): {hint}") from None
 
 
 def reach(address: str, port: int, seconds: float = 30.0) -> None:
@@ -172,140 +181,42 @@ def world() -> tuple[int, int]:
 
 def agree(what: dict[str, Any]) -> None:
     """Raise RankError unless all ranks say the same; the message names what and who."""
-    count = world()[1]
-    if count == 1:
+    if world()[1] == 1:
         return
-    said: list[Any] = [None] * count
-    with lost():
-        dist.all_gather_object(said, {k: str(v) for k, v in what.items()})
+    mine = [(key, hashed(str(value)), str(value)[:60]) for key, value in what.items()]
+    whole = hashed(*(part for key, code, _ in mine for part in (key, code)))
+    if len(set(said_by_all(whole.encode(), 64))) == 1:
+        return
+    said = [understood(message) for message in said_by_all(json.dumps(mine).encode(), 1 << 14)]
     for key in what:
-        others = [r for r in range(count) if said[r][key] != said[0][key]]
+        first = said[0].get(key)
+        others = [r for r, theirs in enumerate(said) if theirs.get(key) != first]
         if others:
+            theirs = said[others[0]].get(key)
             raise RankError(
-                f"The ranks disagree on {key}: rank {others[0]} has {said[others[0]][key][:60]}, rank 0 has "
-                f"{said[0][key][:60]}; start all of them in the same way."
+                f"The ranks disagree on {key}: rank {others[0]} has {theirs[1] if theirs else 'none'}, rank 0 has "
+                f"{first[1] if first else 'none'}; start all of them in the same way."
             )
+    raise RankError("The ranks disagree on what to draw: start all of them in the same way, with the same version.")
 
 
-# ---- the watch
+def hashed(*texts: str) -> str:
+    return hashlib.sha256("".join(f"{len(text)} {text}" for text in texts).encode(errors="replace")).hexdigest()
 
 
-class Pulse:
-    """What a rank tells about itself: that it lives, how many layers it has called, whether it waits for others."""
-
-    def __init__(self) -> None:
-        self.calls, self.waits, self.timeout = 0, 0, 20.0
-        self.on, self.watched = False, False  # drawing; looked at by a thread
-
-
-PULSE = Pulse()
-
-
-@contextmanager
-def waiting() -> Iterator[None]:
-    PULSE.waits += 1
-    try:
-        yield
-    finally:
-        PULSE.waits -= 1
-        PULSE.calls += 1
-
-
-def give_up(message: str, who: str = "") -> None:
-    """End this process at once, for its main thread may wait for ever; and the rank `who`, if it is on this machine.
-
-    A process that hangs may take no notice of the launcher's polite signals.
-    """
-    if not report(message):
-        print(f"sd: error: {message}", file=sys.stderr, flush=True)
-    where, _, pid = who.rpartition("/")
-    if where and where == machine() != "unknown":
-        with suppress(OSError):
-            os.kill(int(pid), signal.SIGKILL)
-    os._exit(1)
-
-
-def watch(timeout: float, fail: Callable[..., None] = give_up) -> None:
-    """From now on, end this process where another rank is silent, or stuck in a drawing, for `timeout` seconds."""
-    rank, count = world()
-    PULSE.timeout = timeout
-    if count == 1 or PULSE.watched:
-        return
-    PULSE.watched = True
-    store = dist.distributed_c10d._get_default_store()
-    store = dist.PrefixStore("sd-watch", store.clone() if hasattr(store, "clone") else store)
-    done = threading.Event()
+def said_by_all(message: bytes, size: int) -> list[bytes]:
+    """The message of every rank, by rank; of each no more than `size` bytes."""
+    device = "cpu" if "cpu" in dist.get_backend_config() else "cuda"
+    own = torch.tensor(list(message[:size].ljust(size, b" ")), dtype=torch.uint8, device=device)
+    all_ = [torch.empty_like(own) for _ in range(world()[1])]
     with lost():
-        store.set(f"{rank}", beat(0))
-    threading.Thread(target=look, args=(store, rank, count, done, fail), daemon=True).start()
-
-    def leave() -> None:
-        done.set()
-        with suppress(Exception):
-            store.set(f"{rank}", "left")
-
-    atexit.register(leave)
+        dist.all_gather(all_, own)
+    return [bytes(t.tolist()).rstrip(b" ") for t in all_]
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Around work in which a rank is expected to get on: to call layers, compute, or wait for others."""
-    if PULSE.on:
-        yield
-        return
-    hook = nn.modules.module.register_module_forward_pre_hook(count_call)
-    PULSE.on = True
+def understood(message: bytes) -> dict[str, tuple[str, str]]:
+    """What a rank says that it has, by name: a digest and a text. Nothing where it is not of that form."""
     try:
-        yield
-    finally:
-        hook.remove()
-        PULSE.on = False
-
-
-def count_call(*_: Any) -> None:
-    PULSE.calls += 1
-
-
-def beat(number: int) -> str:
-    # Layers called, or seconds of computing: a layer may take long.
-    work = PULSE.calls + int(time.process_time())
-    return f"{number} {work} {int(PULSE.waits > 0 or not PULSE.on)} {machine()}/{os.getpid()}"
-
-
-def machine() -> str:
-    """Where process ids mean the same: a machine since its start, and its namespace of processes; or "unknown"."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return "unknown"
-
-
-def look(store: Any, rank: int, count: int, done: threading.Event, fail: Callable[..., None]) -> None:
-    now = time.monotonic()
-    others = [r for r in range(count) if r != rank]
-    beats, works = dict.fromkeys(others, ("", now)), dict.fromkeys(others, ("", now))  # the last, and since when
-    who, number = dict.fromkeys(others, ""), 0
-    while not done.wait(min(1.0, PULSE.timeout / 8)):
-        number += 1
-        try:
-            store.set(f"{rank}", beat(number))
-            now = time.monotonic()
-            for other in others:
-                said = store.get(f"{other}").decode() if store.check([f"{other}"]) else ""
-                if not said or said == "left":  # it has not begun, or is done
-                    beats[other] = works[other] = "", now
-                    continue
-                at, work, idle, who[other] = said.split()
-                if at != beats[other][0]:
-                    beats[other] = at, now
-                if work != works[other][0] or idle == "1":
-                    works[other] = work, now
-        except Exception:
-            if not done.is_set() and PULSE.on:
-                fail("The ranks' meeting point does not answer: the rank or the launcher that held it is gone.")
-            return
-        for what, last in (("has not answered", beats), ("has neither computed nor waited", works)):
-            for other in others:
-                if now - last[other][1] > PULSE.timeout:
-                    fail(f"Rank {other} {what} for {PULSE.timeout:.0f} s, so all were ended.", who[other])
+        return {str(key): (str(code), str(text)) for key, code, text in json.loads(message)}
+    except (ValueError, TypeError, RecursionError):
+        return {}

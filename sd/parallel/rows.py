@@ -1,4 +1,4 @@
-"""One picture cut by rows over ranks, exactly: the forwards of the UNet and of the VAE's decoder with neighbours.
+"""One picture cut by rows over ranks, exactly: the operations of the UNet and of the VAE's decoder with neighbours.
 
 Each rank holds some rows of every tensor. A convolution needs a row more on either side, from the rank that has it; a
 group norm the mean and the variance of the whole (Chan, Golub & LeVeque 1979, of the population); self-attention the
@@ -7,8 +7,8 @@ after it travel in one message: the rows are sent raw, and normalised where they
 has 84 exchanges: 45 norms with convolutions, 16 norms and 16 gatherings of keys and values in the transformers,
 6 changes of resolution, and the noise itself at the end.
 
-Applied from outside: `rows_of_unet` and `rows_of_vae` give the forwards of single modules, and the model's code knows
-nothing of ranks. Ranks may have different numbers of rows, also none.
+`rows_of_unet` and `rows_of_vae` are copies of the networks with these operations: they take and give whole tensors,
+and the blocks know nothing of ranks. Ranks may have different numbers of rows, also none.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import CrossAttention, SpatialTransformer
-from ..unet import Block, Downsample, ResBlock, UNet, Upsample
-from ..vae import VAE, AttnBlock, ResnetBlock
-from ..vae import Upsample as VAEUpsample
+from ..operations import Attention, NormSiLUConvolution, Operations, copy_of
+from ..unet import UNet
+from ..vae import VAE
 from .ranks import Ranks
 
 Span = tuple[int, int]
-Forwards = dict[nn.Module, Callable[..., Tensor]]
 
 
-class Level:
+class Resolution:
     """The rows of one resolution, dealt out: rank i has rows cuts[i] to cuts[i + 1]."""
 
     def __init__(self, ranks: Ranks, cuts: list[int], width: int):
@@ -130,7 +128,7 @@ class Level:
         x = F.pad(x[:, :, top:bottom], (0, 0, top - (a - 1), b + 1 - bottom))
         return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
 
-    def downsample(self, conv: nn.Conv2d, x: Tensor, to: Level) -> Tensor:
+    def downsample(self, conv: nn.Conv2d, x: Tensor, to: Resolution) -> Tensor:
         """Stride 2, padding 1."""
         windows = [(max(2 * a - 1, 0), min(2 * b, self.height)) if b > a else (0, 0) for a, b in to.spans]
         pieces, _ = self.exchange(x, windows)
@@ -140,7 +138,7 @@ class Level:
         x = F.pad(torch.cat(pieces, dim=2), (0, 0, top - (2 * a - 1), 2 * b - bottom))
         return F.conv2d(x, conv.weight, conv.bias, stride=2, padding=(0, 1))
 
-    def upsample(self, conv: nn.Conv2d, x: Tensor, to: Level) -> Tensor:
+    def upsample(self, conv: nn.Conv2d, x: Tensor, to: Resolution) -> Tensor:
         """Nearest, to the size of `to` (twice, or one less); then the convolution."""
         wide = to.windows()  # of the upsampled tensor, whose row i is row i // 2 of x
         pieces, _ = self.exchange(x, [(a // 2, (b + 1) // 2) if b > a else (0, 0) for a, b in wide])
@@ -162,149 +160,83 @@ def moments(x: Tensor, groups: int) -> Tensor:
     return torch.stack([mean, var * x.shape[2]])
 
 
-def some(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A 1 x 1 convolution, also of no rows at all, which torch refuses."""
-    if x.shape[2]:
-        return F.conv2d(x, layer.weight, layer.bias)
-    return x.new_empty(len(x), layer.out_channels, *x.shape[2:])
+class Rows(Operations):
+    """On this rank's rows. `resolutions` are those of a network, finest first; `at` is the one of the call under way.
+
+    A forward begins with the whole tensor, at the resolution `start`, and ends with this rank's rows of the result.
+    """
+
+    def __init__(self, resolutions: list[Resolution], start: int):
+        self.resolutions, self.start, self.at = resolutions, start, start
+
+    @property
+    def here(self) -> Resolution:
+        return self.resolutions[self.at]
+
+    def norm_silu_conv(self, layers: NormSiLUConvolution, x: Tensor, add: Tensor | None = None) -> Tensor:
+        y = self.here.norm_silu_conv(layers.norm, layers.conv, x)
+        return y if add is None else y.add_(add)
+
+    def upsample(self, conv: nn.Conv2d, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        before, self.at = self.here, self.at - 1
+        return before.upsample(conv, x, self.here)
+
+    def project(
+        self,
+        to_q: nn.Linear | nn.Conv2d,
+        to_k: nn.Linear | nn.Conv2d,
+        to_v: nn.Linear | nn.Conv2d,
+        x: Tensor,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if context is not None:
+            return super().project(to_q, to_k, to_v, x, context)
+        # The keys and values of others travel while the queries are computed.
+        wait = self.here.all_tokens(torch.cat([self.linear(to_k, x), self.linear(to_v, x)], dim=-1))
+        q = self.linear(to_q, x)
+        k, v = wait().chunk(2, dim=-1)
+        return q, k, v
+
+    def attention(self, attend: Attention) -> Attention:
+        return lambda q, k, v: attend(q, k, v) if q.shape[2] else q  # a rank may have no rows
 
 
-# ---- the UNet
+def convolution(ops: Rows, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """One of 1 x 1 is of each pixel by itself; one of stride 2 halves the size; the others begin a network."""
+    if layer.kernel_size == (1, 1):
+        if x.shape[2]:
+            return F.conv2d(x, layer.weight, layer.bias)
+        return x.new_empty(len(x), layer.out_channels, *x.shape[2:])  # of no rows at all, which torch refuses
+    if layer.stride == (2, 2):
+        before, ops.at = ops.here, ops.at + 1
+        return before.downsample(layer, x, ops.here)
+    ops.at = ops.start
+    return ops.here.conv_of_whole(layer, x)
 
 
-def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Forwards:
-    """Forwards for latents of this size: with them `unet(x, t, context)` takes and gives whole tensors."""
+def norm(ops: Rows, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+    return ops.here.norm(layer, x)
+
+
+Rows.layers = {nn.Conv2d: convolution, nn.GroupNorm: norm}
+
+
+def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The UNet for latents of this size: x, t, context -> the noise in x, whole tensors on every rank."""
     cuts = [i * height // len(ranks) for i in range(len(ranks) + 1)]
-    levels = [Level(ranks, cuts, width)]
+    resolutions = [Resolution(ranks, cuts, width)]
     for _ in unet.config.channel_mult[1:]:
         cuts = [-(-cut // 2) for cut in cuts]  # so that a rank's rows and their halves belong together
         width = -(-width // 2)
-        levels.append(Level(ranks, cuts, width))
-    forwards: Forwards = {}
-    at = 0
-
-    def visit(blocks: list[Block]) -> None:
-        nonlocal at
-        for layer in (layer for block in blocks for layer in block):
-            if isinstance(layer, ResBlock):
-                forwards[layer] = res_block(layer, levels[at])
-            elif isinstance(layer, SpatialTransformer):
-                forwards.update(transformer(layer, levels[at]))
-            elif isinstance(layer, Downsample):
-                forwards[layer] = down(layer, levels[at], levels[at + 1])
-                at += 1
-            elif isinstance(layer, Upsample):
-                forwards[layer] = up(layer, levels[at], levels[at - 1])
-                at -= 1
-
-    first: nn.Conv2d = unet.input_blocks[0][0]  # type: ignore[index]
-    norm, _, last = unet.out
-    forwards[first] = lambda x: levels[0].conv_of_whole(first, x)
-    visit([*unet.input_blocks, unet.middle_block, *unet.output_blocks])
-    forwards[unet.out] = lambda x: levels[0].gather(levels[0].norm_silu_conv(norm, last, x))  # type: ignore[arg-type]
-    return forwards
+        resolutions.append(Resolution(ranks, cuts, width))
+    copied = copy_of(unet, Rows(resolutions, start=0))
+    return lambda x, t, context: resolutions[0].gather(copied(x, t, context))
 
 
-def res_block(block: ResBlock, level: Level) -> Callable[..., Tensor]:
-    norm1, _, conv1 = block.in_layers
-    norm2, _, _, conv2 = block.out_layers
-    skip = block.skip_connection
-
-    def forward(x: Tensor, emb: Tensor) -> Tensor:
-        h = level.norm_silu_conv(norm1, conv1, x)  # type: ignore[arg-type]
-        h = h.add_(block.emb_layers(emb)[:, :, None, None])
-        h = level.norm_silu_conv(norm2, conv2, h)  # type: ignore[arg-type]
-        return h.add_(some(x, skip) if isinstance(skip, nn.Conv2d) else x)
-
-    return forward
-
-
-def transformer(layer: SpatialTransformer, level: Level) -> Forwards:
-    """Of its parts: all but the norm and the self-attention are of a pixel by itself."""
-    forwards: Forwards = {
-        layer.norm: lambda x: level.norm(layer.norm, x),
-        layer.proj_in: lambda x: some(x, layer.proj_in),
-        layer.proj_out: lambda x: some(x, layer.proj_out),
-    }
-    for block in layer.transformer_blocks:
-        forwards[block.attn1] = self_attention(block.attn1, level)  # type: ignore[index, arg-type]
-    return forwards
-
-
-def self_attention(layer: CrossAttention, level: Level) -> Callable[..., Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        # The keys and values of others travel while the queries are computed.
-        wait = level.all_tokens(torch.cat([layer.to_k(x), layer.to_v(x)], dim=-1))
-        q = layer.to_q(x)
-        k, v = wait().chunk(2, dim=-1)
-        q, k, v = (z.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for z in (q, k, v))
-        y = layer.attend(q, k, v) if len(q) and q.shape[2] else q
-        return layer.to_out(y.transpose(1, 2).flatten(2))
-
-    return forward
-
-
-def down(layer: Downsample, level: Level, to: Level) -> Callable[..., Tensor]:
-    return lambda x: level.downsample(layer.op, x, to)
-
-
-def up(layer: Upsample, level: Level, to: Level) -> Callable[..., Tensor]:
-    return lambda x, size: level.upsample(layer.conv, x, to)
-
-
-# ---- the VAE's decoder
-
-
-def rows_of_vae(vae: VAE, ranks: Ranks, height: int, width: int) -> Forwards:
-    """Forwards for latents of this size: with them `vae.decode(latent)` takes and gives whole tensors."""
+def rows_of_vae(vae: VAE, ranks: Ranks, height: int, width: int) -> Callable[[Tensor], Tensor]:
+    """The VAE's decoder for latents of this size: scaled latent -> image, whole tensors on every rank."""
     cuts = [i * height // len(ranks) for i in range(len(ranks) + 1)]
-    d, level = vae.decoder, Level(ranks, cuts, width)
-    forwards: Forwards = {d.conv_in: lambda x, level=level: level.conv_of_whole(d.conv_in, x)}
-    for block in (d.mid.block_1, d.mid.block_2):
-        forwards[block] = resnet(block, level)
-    forwards[d.mid.attn_1] = attention_block(d.mid.attn_1, level)
-    for stage in reversed(d.up):
-        for block in stage.block:  # type: ignore[union-attr]
-            forwards[block] = resnet(block, level)
-        if isinstance(layer := stage._modules.get("upsample"), VAEUpsample):
-            finer = Level(ranks, [2 * cut for cut in level.cuts], 2 * level.width)
-            forwards[layer] = vae_up(layer, level, finer)
-            level = finer
-
-    def decode(z: Tensor, last: Level = level) -> Tensor:
-        z = d.mid(d.conv_in(z))
-        for stage in reversed(d.up):
-            z = stage(z)
-        return last.gather(last.norm_silu_conv(d.norm_out, d.conv_out, z))
-
-    return forwards | {d: decode}
-
-
-def resnet(block: ResnetBlock, level: Level) -> Callable[..., Tensor]:
-    short = block.nin_shortcut
-
-    def forward(x: Tensor) -> Tensor:
-        h = level.norm_silu_conv(block.norm1, block.conv1, x)
-        h = level.norm_silu_conv(block.norm2, block.conv2, h)
-        return h.add_(some(x, short) if isinstance(short, nn.Conv2d) else x)
-
-    return forward
-
-
-def attention_block(block: AttnBlock, level: Level) -> Callable[..., Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        def linear(layer: nn.Conv2d, y: Tensor) -> Tensor:
-            return F.linear(y, layer.weight.flatten(1), layer.bias)
-
-        y = level.norm(block.norm, x).flatten(2).transpose(1, 2)  # (B, n*w, C)
-        wait = level.all_tokens(torch.cat([linear(block.k, y), linear(block.v, y)], dim=-1))
-        q = linear(block.q, y)
-        q, k, v = (z.unsqueeze(1) for z in (q, *wait().chunk(2, dim=-1)))  # (B, 1, T, C)
-        y = linear(block.proj_out, (block.attend(q, k, v) if q.shape[2] else q).squeeze(1))
-        return y.transpose(1, 2).reshape(x.shape) + x
-
-    return forward
-
-
-def vae_up(layer: VAEUpsample, level: Level, to: Level) -> Callable[..., Tensor]:
-    return lambda x: level.upsample(layer.conv, x, to)
+    factors = [2**i for i in reversed(range(len(vae.config.ch_mult)))]
+    resolutions = [Resolution(ranks, [f * cut for cut in cuts], f * width) for f in factors]
+    copied = copy_of(vae, Rows(resolutions, start=len(resolutions) - 1))
+    return lambda latent: resolutions[0].gather(copied.decode(latent))

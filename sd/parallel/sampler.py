@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..attention import SpatialTransformer, replaced
-from ..model import StableDiffusion, refuse_fast
+from ..model import StableDiffusion
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
-from ..unet import Downsample, UNet, Upsample
-from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
+from ..unet import UNetConfig, topology
+from ..weights.unread import computes_in, read
+from .pulse import drawing, waiting, watch
+from .ranks import Ranks, Traffic, agree, connect, lost, world
 from .rows import rows_of_unet, rows_of_vae
 
 
@@ -106,12 +108,12 @@ class ParallelSampler(SimpleSampler):
     """
 
     def __init__(self, model: StableDiffusion, split: Mapping[str, int] | None = None, timeout: float = 20.0):
-        refuse_fast(model, "ParallelSampler")
-        self.model = model.ready()
+        super().__init__(model)
+        read(model.unet)
+        read(model.vae)
         self.asked = None if split is None else split_of(split)
         self.timeout = timeout
         self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own
-        self.current: Split | None = None
         connect(self.model.device)
         watch(timeout)
 
@@ -125,7 +127,7 @@ class ParallelSampler(SimpleSampler):
     def make_plan(self, request: Request, ranks: int | None = None) -> Plan:
         f = self.model.vae.config.downsampling
         return make_plan(
-            self.model.unet,
+            self.model.unet.config,
             ranks or world()[1],
             len(request.context),
             request.negative is not None,
@@ -138,18 +140,18 @@ class ParallelSampler(SimpleSampler):
     # ---- the work
 
     def run(self, request: Request) -> Iterator[Step]:
-        self.current = split = self.make_plan(request).split
+        split = self.make_plan(request).split
         with waiting():  # some ranks read their weights faster than others
             agree({"the split": split, **self.fingerprints(request)})
         place = split.place(world()[0])
         shares = deal(len(request.context), split.image)
-        steps = super().run(part(request, shares[place.image])) if place else iter(())
+        steps = super().run(part(request, shares[place.image], split)) if place else iter(())
         with drawing():
             for i, timestep in enumerate(request.scheduler.timesteps):
                 step = next(steps, None)
                 own = torch.stack([step.latents, step.noise, step.denoised], dim=1) if step else None
                 shape = (3, *self.latent_shape(request))
-                x, noise, denoised = self.share(own, shares, shape, request.context).unbind(1)
+                x, noise, denoised = self.share(own, split, shares, shape, request.context.dtype).unbind(1)
                 with waiting():  # what the caller does now is not ours to watch
                     yield Step(i, timestep, x, noise, denoised)
 
@@ -157,64 +159,60 @@ class ParallelSampler(SimpleSampler):
         f = self.model.vae.config.downsampling
         return self.model.unet.config.in_channels, request.height // f, request.width // f
 
-    def denoiser(self, request: Request) -> Denoiser:
-        split = self.current
-        assert split is not None
-        place = split.place(world()[0])
+    @contextmanager
+    def denoiser(self, request: Request) -> Iterator[Denoiser]:
+        """Of this rank's part of a request: its pictures, its half of guidance, its rows."""
+        assert isinstance(request, Part)
+        split, place = request.split, request.split.place(world()[0])
         assert place is not None
-        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        unet: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model.unet
         if split.rows > 1:
             members = [split.rank(place.image, place.guidance, r) for r in range(split.rows)]
-            forwards = rows_of_unet(self.model.unet, Ranks(members, self.traffic), *self.latent_shape(request)[1:])
-
-        def unet(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            with replaced(forwards):
-                return self.model.unet(x, t, context)
-
+            unet = rows_of_unet(self.model.unet, Ranks(members, self.traffic), *self.latent_shape(request)[1:])
         if request.negative is None:
-            return with_text(unet, request.context)
-        if split.guidance == 1:
-            return guided(unet, request.context, request.negative, request.guidance_scale)
-        context = (request.negative, request.context)[place.guidance]
-        pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)], self.traffic)
+            yield with_text(unet, request.context)
+        elif split.guidance == 1:
+            yield guided(unet, request.context, request.negative, request.guidance_scale)
+        else:
+            context = (request.negative, request.context)[place.guidance]
+            pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)], self.traffic)
 
-        def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            own = unet(x, t, context)
-            away, towards = pair.gather(own, [own.shape] * 2)
-            return guide(away, towards, request.guidance_scale)
+            def denoiser(x: Tensor, t: Tensor) -> Tensor:
+                own = unet(x, t, context)
+                away, towards = pair.gather(own, [own.shape] * 2)
+                return guide(away, towards, request.guidance_scale)
 
-        return denoiser
+            yield denoiser
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
+        """As `SimpleSampler.decode`; pictures are dealt out, and all ranks that have one cut its decoding by rows."""
         if output_type == "latent":
             return latents
-        vae, (rank, count) = self.model.vae, world()
-        split = self.current or Split(image=min(count, len(latents)))
+        vae, (rank, count), size = self.model.vae, world(), latents.shape[2:]
+        images = min(self.asked.image if self.asked else count, len(latents))
+        team = min((self.asked.size if self.asked else count) // images, size[0])
+        split = Split(image=images, rows=team)
         place, shares, f = split.place(rank), deal(len(latents), split.image), vae.config.downsampling
-        own = None
+        (device, dtype), own = computes_in(vae), None
         with drawing():
             if place and shares[place.image]:
-                team = split.guidance * split.rows  # all who have this picture cut its decoding by rows
-                members = [place.image * team + k for k in range(team)]
-                size = latents.shape[2:]
-                forwards = rows_of_vae(vae, Ranks(members, self.traffic), *size) if team > 1 else {}
-                with replaced(forwards):
-                    like = next(vae.parameters())
-                    own = torch.cat([vae.decode(latents[i : i + 1].to(like)) for i in shares[place.image]])
-            images = self.share(own, shares, (3, f * latents.shape[2], f * latents.shape[3]), next(vae.parameters()))
-        return finished(images, output_type)
+                members = [split.rank(place.image, 0, k) for k in range(team)]
+                decode = rows_of_vae(vae, Ranks(members, self.traffic), *size) if team > 1 else vae.decode
+                own = torch.cat([decode(latents[i : i + 1].to(device, dtype)) for i in shares[place.image]])
+            return finished(self.share(own, split, shares, (3, f * size[0], f * size[1]), dtype), output_type)
 
-    def share(self, own: Tensor | None, shares: Sequence[range], shape: tuple[int, ...], kind: Tensor) -> Tensor:
+    def share(
+        self, own: Tensor | None, split: Split, shares: Sequence[range], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         """The tensors (n, *shape) of all image groups, in order, on every rank; a group's first rank sends."""
-        split, (rank, count) = self.current or Split(image=len(shares)), world()
+        rank, count = world()
         place = split.place(rank)
         if own is not None and split.image == 1 and split.size == count:
             return own
         team = split.guidance * split.rows
-        # On the UNet's device, which is the one that the ranks talk through; in the dtype of `kind` on all of them.
-        like = kind.new_empty(0) if own is None else own.to(kind.dtype)
-        like = like.to(self.model.device)
+        # On the UNet's device, which is the one that the ranks talk through.
+        like = (torch.empty(0) if own is None else own).to(self.model.device, dtype)
         sends = place is not None and own is not None and rank == split.rank(place.image)
         empty = like.new_empty(0)
         outside = [not place or r // team != place.image or r >= split.size for r in range(count)]
@@ -273,16 +271,23 @@ def deal(count: int, hands: int) -> list[range]:
     return [range(i * count // hands, (i + 1) * count // hands) for i in range(hands)]
 
 
-def part(request: Request, images: range) -> Request:
+@dataclass(frozen=True)
+class Part(Request):
+    """What one rank draws of a request."""
+
+    split: Split
+
+
+def part(request: Request, images: range, split: Split) -> Part:
     """The same request, of some of its images."""
     cut = slice(images.start, images.stop)
-    return replace(
-        request,
-        context=request.context[cut],
-        negative=None if request.negative is None else request.negative[cut],
-        seeds=request.seeds[cut],
-        latents=None if request.latents is None else request.latents[cut],
-    )
+    own = {
+        "context": request.context[cut],
+        "negative": None if request.negative is None else request.negative[cut],
+        "seeds": request.seeds[cut],
+        "latents": None if request.latents is None else request.latents[cut],
+    }
+    return Part(**vars(request) | own, split=split)
 
 
 def digest(*values: Any) -> str:
@@ -304,7 +309,7 @@ def digest(*values: Any) -> str:
 
 
 def make_plan(
-    unet: UNet,
+    unet: UNetConfig,
     ranks: int,
     images: int,
     guidance: bool,
@@ -353,23 +358,21 @@ def make_plan(
     return Plan(best, ranks, images, asked is not None, times, received, exchanges)
 
 
-def work_of(unet: UNet, height: int, width: int) -> tuple[float, float, int]:
+def work_of(c: UNetConfig, height: int, width: int) -> tuple[float, float, int]:
     """Of a forward of one sample: operations, elements of keys and values, and the exchanges of a cut by rows."""
-    work, elements, exchanges = 0.0, 0.0, 3
-    blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
-    for layer in (layer for block in blocks for layer in block):
-        if isinstance(layer, Downsample):
-            height, width = -(-height // 2), -(-width // 2)
-        if isinstance(layer, Upsample):
-            height, width = 2 * height, 2 * width
-        area, wide = height * width, layer.proj_in.out_channels if isinstance(layer, SpatialTransformer) else 0
-        work += 2 * area * sum(p.numel() for name, p in layer.named_parameters() if p.ndim > 1 and of_pixels(name))
-        work += 4 * area * area * wide  # scores and their products
-        elements += 2 * area * wide
-        exchanges += 1 if isinstance(layer, Downsample | Upsample) else 2 if not isinstance(layer, nn.Conv2d) else 0
-    return work, elements, exchanges - 1
-
-
-def of_pixels(name: str) -> bool:
-    """Whether a weight is used at every pixel, and not for the time or the text alone."""
-    return not any(part in name for part in ("emb_layers", "attn2.to_k", "attn2.to_v"))
+    areas = [-(-height // 2**i) * -(-width // 2**i) for i in range(len(c.channel_mult))]
+    # Weights that are used at every pixel, and not for the time or the text alone, for `a` channels in and `b` out;
+    # of a transformer: two projections, and in each block self-attention (4), cross-attention (2), feed-forward (12).
+    weights: dict[str, Callable[[int, int], int]] = {
+        "res": lambda a, b: 9 * b * (a + b) + (a * b if a != b else 0),
+        "transformer": lambda a, b: (2 + 18 * c.transformer_depth) * a * b,
+    }
+    work, elements, exchanges = 0.0, 0.0, 2  # the last norm, and the result
+    for part in (part for blocks in topology(c) for block in blocks for part in block):
+        area = areas[part.out_level]
+        work += 2 * area * weights.get(part.kind, lambda a, b: 9 * a * b)(part.channels, part.out_channels)
+        if part.kind == "transformer":
+            work += 4 * area * area * part.channels * c.transformer_depth  # scores and their products
+            elements += 2 * area * part.channels * c.transformer_depth
+        exchanges += {"conv": 0, "down": 1, "up": 1, "res": 2, "transformer": 1 + c.transformer_depth}[part.kind]
+    return work, elements, exchanges

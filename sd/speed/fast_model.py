@@ -1,34 +1,32 @@
 """`fast`: the same function up to rounding, in about half the time on a CPU.
 
-The textbook's modules keep their places and names; the larger ones are given another forward, from outside. What
-these do: convolutions of 3 x 3 with a quarter of the multiplications (`winograd.py`), with norm and SiLU computed on
-read; products by oneDNN with weights in its layout (`packed.py`); attention and feed-forward in pieces that stay in
-cache; pixels with channels last throughout, so that a transformer's tokens are the image as it lies there; the text's
-keys and values once for all steps; and what both halves of guidance share, up to the first cross-attention, once.
+The blocks are the textbook's; they get other operations (`operations.py`). What these do: convolutions of 3 x 3 with
+a quarter of the multiplications (`winograd.py`), with norm and SiLU computed on read; products by oneDNN with weights
+in its layout (`packed.py`); attention and feed-forward in pieces that stay in cache; pixels with channels last
+throughout, so that a transformer's tokens are the image as it lies there; and the text's keys and values once for all
+steps.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import SpatialTransformer, attention
 from ..model import StableDiffusion
-from ..text import TextEncoder
-from ..unet import Block, ResBlock, UNet
-from ..vae import VAE, Decoder, Encoder
-from .forwards import FORWARDS, alike_rows, fast_attention, shared_halves
+from ..operations import TEXTBOOK, copy_of
+from ..unet import ResBlock, UNet
+from ..vae import VAE
+from ..weights.unread import computes_in, read
 from .malloc import keep
+from .operations import Fast
 from .packed import onednn
 
+Part = TypeVar("Part", UNet, VAE)
 SMALL = 1 << 15  # elements of a weight that is converted at once
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = True) -> StableDiffusion:
@@ -44,60 +42,51 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
     compile        on CUDA, torch.compile with mode="max-autotune", which takes minutes in the first call. The CPU
                    needs none, and takes no notice
 
-    A model that was loaded with `lazy=True` has its weights prepared right from the file, so they are in memory once.
-    (Not so without extra_memory, or in another dtype: then it is loaded.)
+    A model whose weights are still in its file has them prepared right from there, so they are in memory once.
+    (Not so without extra_memory, or in another dtype: then they are read first.)
 
     A hook on a convolution or product inside a block that is computed otherwise is not called: put it on the block,
     or on the textbook model. Changes of weights that PyTorch does not count (through `.data`, load_state_dict with
-    assign=True) are not noticed: take `fast` of the changed model. So too in place of a deepcopy.
+    assign=True) are not noticed: take `fast` of the changed model.
     """
-    packs = extra_memory and model.device.type == "cpu" and onednn(torch.empty(0, dtype=model.dtype))
-    if model.lazy and packs:
-        result = from_file(model)
-    else:
-        model = model.ready()
-        result = model.with_parts(sharing(model.unet), sharing(model.vae), model.text)
-    for part in (result.unet, result.vae):
-        first = next(part.parameters())
-        if first.is_cuda:
-            on_cuda(part, compile, extra_memory)
-            result.is_fast |= compile
-        elif first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
-            on_cpu(part, extra_memory)
-            result.is_fast = True
-            if extra_memory:
-                keep()
+    unet, vae = fast_part(model.unet, compile, extra_memory), fast_part(model.vae, compile, extra_memory)
+    if extra_memory and model.device.type == "cpu":
+        keep()
+    return model.with_parts(unet, vae, model.text)
+
+
+def fast_part(part: Part, compile: bool, extra_memory: bool) -> Part:
+    """A fast copy of the UNet or of the VAE; of the textbook's operations, where those are not faster."""
+    device, dtype = computes_in(part)
+    packs = extra_memory and device.type == "cpu" and onednn(torch.empty(0, dtype=dtype))
+    if not packs:
+        read(part)
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        result = copy_of(part, Fast(extra_memory), own_hooks=True)
+        if packs:
+            in_float(result)
+        at_the_border(result)
+        return result
+    result = copy_of(part, TEXTBOOK, own_hooks=True)
+    if device.type == "cuda":
+        on_cuda(result, compile, extra_memory)
     return result
 
 
-def sharing(module: Module) -> Module:
-    """A copy of a module with parameters of its own that lie in the same memory."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
-    result = copy.deepcopy(module, memo)
-    for part in result.modules():
-        part.__dict__.pop("forward", None)  # of a model that is fast already: it is of the modules there
-    return result
+def in_float(part: nn.Module) -> None:
+    """Convert the small weights, and leave the large ones, those of convolutions and products, as they are in a file.
 
-
-def from_file(model: StableDiffusion) -> StableDiffusion:
-    """A lazy model as one of float32 whose large weights are still as they are in the file.
-
-    They are those of convolutions and products, which `Conv`, `Linear` and `Winograd` take in any dtype, but
-    not of the time embedding: products of a row or two are not worth packing. Small ones are converted now; by the
-    first of them in each part others tell what it computes in.
+    `Conv`, `Linear` and `Winograd` take these in any dtype; but those of the time embedding are converted as well,
+    for products of a row or two are not worth packing. By the first small one others tell what a part computes in.
     """
-    text = {name: tensor.float() for name, tensor in model.text.state_dict().items()}
-    encoder = TextEncoder(model.text.config, text, model.text.vocab, model.text.merges, model.text.known_words)
-    result = model.with_parts(sharing(model.unet), sharing(model.vae), encoder)
-    result.unet.time_embed.float()
-    for part in (result.unet, result.vae):
-        for module in part.modules():
-            if isinstance(module, ResBlock):
-                module.emb_layers.float()
-            for name, p in list(module.named_parameters(recurse=False)):
-                if p.numel() < SMALL:
-                    setattr(module, name, nn.Parameter(p.detach().float(), p.requires_grad))
-    return result
+    for module in part.modules():
+        if isinstance(module, UNet):
+            module.time_embed.float()
+        elif isinstance(module, ResBlock):
+            module.emb_layers.float()
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.numel() < SMALL:
+                setattr(module, name, nn.Parameter(p.detach().float(), requires_grad=False))
 
 
 def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
@@ -108,34 +97,15 @@ def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
         module = part if isinstance(part, UNet) else part.decoder
         graph = torch.compile(module.forward, mode="max-autotune")
         # A copy, because the next call writes its result to the same place.
-        module.forward = lambda *args, **kwargs: graph(*args, **kwargs).clone()  # type: ignore[method-assign]
+        module.__dict__["forward"] = lambda *args, **kwargs: graph(*args, **kwargs).clone()
 
 
-def on_cpu(part: UNet | VAE | nn.Module, pack: bool) -> None:
-    """Give the modules of `part` their fast forwards."""
-    for module in part.modules():
-        if type(module) in FORWARDS:
-            module.forward = torch.no_grad()(FORWARDS[type(module)](module, pack))
-        elif isinstance(module, UNet | Encoder | Decoder):
-            module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
-        if getattr(module, "attend", None) is attention:
-            module.attend = fast_attention  # type: ignore[assignment]
-    for last in (part.decoder, part.quant_conv) if isinstance(part, VAE) else (part,):
-        last.forward = channels_first(last.forward)
-    if isinstance(part, UNet):
-        part.time_embed.forward = partial(alike_rows, part.time_embed)  # type: ignore[method-assign]
-        for block in part.input_blocks:
-            assert isinstance(block, Block)
-            block.forward = partial(shared_halves, block)  # type: ignore[method-assign]
-            if any(isinstance(layer, SpatialTransformer) for layer in block):
-                break
+def at_the_border(part: UNet | VAE) -> None:
+    """What leaves a part lies in memory as the textbook's does, and no gradients flow through it."""
+    for module in (part.encoder, part.decoder, part.quant_conv) if isinstance(part, VAE) else (part,):
+        module.__dict__["forward"] = partial(contiguous, module.forward)
 
 
-def channels_first(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What leaves the model lies in memory as the textbook's does."""
-
-    @wraps(forward)
-    def result(*args: Any, **kwargs: Any) -> Tensor:
-        return forward(*args, **kwargs).contiguous()
-
-    return result
+@torch.no_grad()
+def contiguous(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return forward(*args, **kwargs).contiguous()

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lean.bands import halve
 from .packed import Conv, Derived, onednn
 
 POINTS = {  # (outputs, taps of the filter) along an edge: all points but infinity
@@ -43,6 +42,12 @@ class Norm(NamedTuple):
 
     def into(self, out: Tensor, x: Tensor) -> Tensor:
         return F.silu(torch.addcmul(self.shift, x, self.scale, out=out), inplace=True)
+
+
+def halve(weight: Tensor, dim: int, parity: int) -> Tensor:
+    """Three weights along `dim` to the two of even (0) or odd (1) rows of an upsampled tensor."""
+    w = weight.unbind(dim)
+    return torch.stack([w[0], w[1] + w[2]] if parity == 0 else [w[0] + w[1], w[2]], dim)
 
 
 def polynomial(roots: list[float]) -> list[float]:

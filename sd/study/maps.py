@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import Attention
+from ..operations import Attention
 from ..prompts.words import find_word, words
 from .calls import Calls, model_of
 

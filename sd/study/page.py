@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..files import check_output
+from ..files import check_output, write_text
 from ..image import to_pil
 from ..prompts.words import token_ids
 from ..scheduler import V1, Scheduler
@@ -113,17 +112,8 @@ def _nulls(data: Any) -> Any:
 
 def write_page(page: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a page, whole or not at all. Raises ValueError where the file exists, unless `force`, and OSError."""
-    path = Path(path)
     check_output(path, force=force)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_text(path, page, force=force)
 
 
 def _uri(image: Image.Image) -> str:

@@ -215,7 +215,7 @@ class Trace:
         if Path(path).exists() and not force:
             raise ValueError(f"{path} exists: choose another name, or write over it with force=True.")
         tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
-        write_safetensors(path, tensors, {"format": "pt", "trace": json.dumps(self.settings)})
+        write_safetensors(path, tensors, {"format": "pt", "trace": json.dumps(self.settings)}, force=force)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:

@@ -12,13 +12,11 @@ Formats: torch/serialization.py, torch/_utils.py (`_rebuild_tensor_v2`), Lib/pic
 https://github.com/huggingface/safetensors#format
 """
 
-import contextlib
 import io
 import json
 import mmap
 import os
 import pickletools
-import secrets
 import stat
 import struct
 import sys
@@ -30,6 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ..files import writing
 
 # SD v1 files have 0.2 MB of pickle and 0.1 MB of zip directory. The first bounds what _unpickle may cost.
 MAX_PICKLE, MAX_INDEX = 8 << 20, 16 << 20  # bytes
@@ -93,6 +93,7 @@ class Checkpoint:
     format: str  # "ckpt" or "safetensors"
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, Any]
+    map: mmap.mmap  # of the file, which tensors keep alive
 
 
 class _Fault(Exception):  # noqa: N818
@@ -135,12 +136,12 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         with _open(path) as file:
             form = _recognise(file.read(512))
             size = os.fstat(file.fileno()).st_size
-            tensors, metadata = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
+            tensors, metadata, mapped = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
         if not tensors:
             raise _Fault("holds no tensors", "give a file that holds weights")
     except _Fault as fault:
         raise CheckpointError(f"{path} {fault}.") from fault.__cause__
-    return Checkpoint(path, form, tensors, metadata)
+    return Checkpoint(path, form, tensors, metadata, mapped)
 
 
 class _File(io.FileIO):
@@ -210,7 +211,7 @@ def _sane(*numbers: Any) -> bool:
 # ---- safetensors
 
 
-def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], mmap.mmap]:
     """Without the official library, whose get_tensor touches a page of every tensor, and then the disk reads
     on: all of a cold 1.7 GB file, tried. Its rules are kept: no byte is left out or used twice.
     """
@@ -240,13 +241,13 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
             tensors[name], end = _flat(mapped, dtype, 8 + length + start, prod(shape)).view(shape), stop
     except _MALFORMED as error:
         raise _Fault(f"is no sound safetensors file ({_one_line(error)})") from error
-    return tensors, metadata
+    return tensors, metadata, mapped
 
 
 # ---- torch's zip
 
 
-def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], mmap.mmap]:
     try:
         archive = _Archive(file, size)
         found = _unpickle(archive.pickle())
@@ -259,7 +260,8 @@ def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[st
         tensors = {name: archive.tensor(name, value) for name, value in described.items()}
     except _MALFORMED as error:
         raise _Fault(f"is damaged ({_one_line(error)})") from error
-    return tensors, {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    beside = {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+    return tensors, beside, archive.map
 
 
 class _Archive:
@@ -437,39 +439,34 @@ def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    *,
+    force: bool = True,
 ) -> None:
-    """Write a .safetensors file tensor by tensor, whole or not at all; floating tensors as `dtype` if given.
+    """Write a .safetensors file tensor by tensor, whole or not at all.
+
+    Floating tensors are written as `dtype`, one for all or one for each name, if given.
 
     One tensor at a time is converted, made contiguous and fetched from its device (the library's save_file
     wants them all ready, and its older versions copy them all). The same tensors give the same bytes: wide
-    types first, so that all are aligned, then by name. An existing file is replaced in one step once the new
-    one is on the disk; after a failure, Ctrl-C too, nothing of the new one stays. Old readers of the format
-    want {"format": "pt"} in the metadata. Raises CheckpointError.
+    types first, so that all are aligned, then by name. An existing file is replaced, unless `force` is False, by
+    `sd.files.writing`. Old readers of the format want {"format": "pt"} in the metadata. Raises CheckpointError.
     """
-    path = Path(path)
-    types = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    wanted = dtype if isinstance(dtype, Mapping) else dict.fromkeys(tensors, dtype)
+    types = {name: (wanted.get(name) if t.is_floating_point() else None) or t.dtype for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (-types[name].itemsize, name))
-    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
         head = _header({name: (types[name], tuple(tensors[name].shape)) for name in order}, metadata or {})
-        if path.is_dir():
-            raise _Fault("it is a folder", "give a file's name")
-        with open(part, "xb") as file:
+        with writing(path, force=force) as file:
             file.write(head)
             for name in order:
                 tensor = tensors[name].detach().to("cpu", types[name]).contiguous()
                 flat = tensor.as_strided((tensor.numel(),), (1,))  # reshape leaves odd strides if numel < 2
                 file.write(flat.view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (_Fault, OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be written: {reason}.") from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):  # most often it is not there, or has its final name
-            part.unlink()
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+    except _Fault as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
 
 def _header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import SmallFileError, read_utf8
+
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer Stable Diffusion v1 uses
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
@@ -168,17 +170,25 @@ def remote_tensors(repo: str, file: str, revision: str | None, token: Any) -> di
     }
 
 
-def clip_tokenizer(token: Any = None) -> dict[str, str]:
-    """The texts of CLIP's vocab.json and merges.txt, from the Hub or its cache. Raises HubError."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def cached_tokenizer() -> dict[str, str] | None:
+    """The texts of CLIP's vocab.json and merges.txt from the Hub's cache, if they are there: they never change."""
+    from huggingface_hub import try_to_load_from_cache
 
-    def fetch(name: str) -> str:  # these files never change: what is cached needs no network
-        path = try_to_load_from_cache(CLIP, name)
-        path = path if isinstance(path, str) else hf_hub_download(CLIP, name, token=token)
-        return Path(path).read_text(encoding="utf-8")
+    paths = {name: try_to_load_from_cache(CLIP, name) for name in ("vocab.json", "merges.txt")}
+    if not all(isinstance(path, str) for path in paths.values()):
+        return None
+    try:
+        return {name: read_utf8(str(path)) for name, path in paths.items()}
+    except SmallFileError:  # damaged: fetched again
+        return None
+
+
+def clip_tokenizer(token: Any = None) -> dict[str, str]:
+    """The texts of CLIP's vocab.json and merges.txt from the Hub. Raises HubError."""
+    from huggingface_hub import hf_hub_download
 
     try:
-        return {name: fetch(name) for name in ("vocab.json", "merges.txt")}
+        return {name: read_utf8(hf_hub_download(CLIP, name, token=token)) for name in ("vocab.json", "merges.txt")}
     except Exception as error:  # the client's and the network's errors are of many kinds
         raise HubError(_brief(error)) from error
 

@@ -219,25 +219,18 @@ def count(names: Iterable[str], pattern: str) -> int:
 def infer_unet(tensors: Tensors) -> dict[str, Any]:
     """Fields of UNetConfig that shapes tell; the head count they do not."""
     first = tensors["input_blocks.0.0.weight"]
-    widths: list[int] = []
-    attends: list[int] = []
-    level, blocks = 0, 0
-    for n in range(1, count(tensors, r"input_blocks\.(\d+)\.")):
-        if f"input_blocks.{n}.0.op.weight" in tensors:
-            level += 1
-            continue
-        out = tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0]
-        if len(widths) == level:
-            widths.append(out)
-        blocks += level == 0
-        if f"input_blocks.{n}.1.proj_in.weight" in tensors and 2**level not in attends:
-            attends.append(2**level)
+    blocks = count(tensors, r"input_blocks\.(\d+)\.")
+    levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)  # a convolution that halves, between two
+    stride = blocks // levels  # input blocks of a level: the first convolution or what halves, then residual blocks
+    starts = range(1, 1 + levels * stride, stride)  # the first residual block of each level
+    widths = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in starts]
+    attends = [2**level for level, n in enumerate(starts) if f"input_blocks.{n}.1.proj_in.weight" in tensors]
     return {
         "in_channels": first.shape[1],
         "out_channels": tensors["out.2.weight"].shape[0],
         "model_channels": first.shape[0],
         "channel_mult": tuple(width // first.shape[0] for width in widths),
-        "num_res_blocks": blocks,
+        "num_res_blocks": stride - 1,
         "attention_resolutions": tuple(attends),
         "context_dim": tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "transformer_depth": count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
@@ -297,10 +290,7 @@ _VAE_OPTIONS: dict[str, Any] = {
     "use_quant_conv": True,
 }
 _SCHEDULE: dict[str, Any] = {  # how a model was trained; how it is sampled is the caller's choice
-    "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
     "trained_betas": None,
@@ -411,3 +401,31 @@ def check_schedule(config: Mapping[str, Any]) -> None:
     for key, value in _SCHEDULE.items():
         if key in config and config[key] != value:
             raise ValueError(f"it was trained with {key} = {config[key]!r}, and v1 with {value!r}")
+    for key in ("beta_start", "beta_end"):
+        if key in config and not (type(config[key]) is float and 0 < config[key] < 1):
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no share of noise")
+    if config.get("beta_start", 0.00085) > config.get("beta_end", 0.012):
+        raise ValueError("it was trained with beta_end smaller than beta_start")
+    for key, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
+        if key in config and not (type(config[key]) is int and least <= config[key] <= 100_000):
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no number of steps")
+    if not isinstance(config.get("set_alpha_to_one", False), bool):
+        raise ValueError(f"it was trained with set_alpha_to_one = {config['set_alpha_to_one']!r}, not true or false")
+
+
+_SOLVERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "LMSDiscreteScheduler": "lms"}
+_SCHEDULE_FIELDS = ("beta_start", "beta_end", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
+
+
+def defaults_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json that `check_schedule` let pass -> a model's defaults, as plain data.
+
+    A solver that is not here leaves v1's, "pndm". A value that is left out is v1's, whatever the class of
+    diffusers has: its DDIM would end at abar 1, which is wrong for Stable Diffusion.
+    """
+    schedule = {key: config[key] for key in _SCHEDULE_FIELDS if key in config}
+    if "steps_offset" in schedule:
+        schedule["steps_offset"] = 1  # diffusers' StableDiffusionPipeline puts it there, whatever the file says
+    solver = config.get("_class_name")
+    steps = {"num_inference_steps": min(50, config.get("num_train_timesteps", 50))}
+    return steps | {"scheduler": _SOLVERS.get(str(solver), "pndm"), "schedule": schedule}

@@ -9,17 +9,19 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..text import TextConfig, own_names, read_tokenizer
+from ..text import TextConfig, own_names
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import hub, names
 from .checkpoint import read
+from .tokenizer import read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
@@ -42,9 +44,10 @@ class Source:
     tokenizer: dict[str, str] | None = None
     size: int | None = None
     known_words: list[str] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)  # of a drawing, as far as the source tells
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)  # all that tensors are mapped from, where they are several
+    maps: list[tuple[Path, mmap]] = field(default_factory=list)  # of all files that tensors are mapped from
     problem: str | None = None  # why `load` refuses it, where `find` was told to look only
 
 
@@ -91,14 +94,17 @@ def find_file(path: Path, name: str) -> Source:
     file = read(path)
     parts, unknown = names.split(file.tensors)
     found = Source(name, "CompVis file", parts, unknown, path, tensors=file.tensors, metadata=file.metadata)
+    found.maps = [(path, file.map)]
     if METADATA in file.metadata:
         try:
             ours = json.loads(file.metadata[METADATA])
             found.configs, found.tokenizer = ours["config"], ours["tokenizer"]
             found.size, found.known_words = ours["image_size"], ours["known_words"]
+            found.defaults = ours.get("defaults") or {}  # files of version 0.1 have none
             found.kind = "self-contained file"
             sound = all(isinstance(found.configs[part], dict) for part in names.PARTS)
             sound &= all(isinstance(found.tokenizer[name], str) for name in names.TOKENIZER_FILES)
+            sound &= isinstance(found.defaults, dict)
             sound &= type(found.size) is int and found.size > 0
             sound &= all(isinstance(word, str) for word in found.known_words or [])
             if not sound:
@@ -118,9 +124,10 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
     chosen = hub.weight_files(hub.local_files(folder), variant, name)
-    tensors = {part: read(folder / file).tensors for part, file in chosen.items()}
+    opened = {part: read(folder / file) for part, file in chosen.items()}
+    tensors = {part: file.tensors for part, file in opened.items()}
     found = describe_folder(folder, name, tensors, folder / chosen["unet"], look)
-    found.files = [folder / file for file in chosen.values()]
+    found.maps = [(file.path, file.map) for file in opened.values()]
     return found
 
 
@@ -137,12 +144,15 @@ def describe_folder(
         return Source(name, "Hub layout", dict(tensors), [], weights, problem=str(error))
     try:
         texts = read_tokenizer(folder / "tokenizer")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise LoadError(f"{name} has a tokenizer that cannot be read ({error}): replace it.") from None
     side = read_json(folder, name, "unet/config.json").get("sample_size") or 64
     side = side if type(side) is int else 64
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
-    return Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
+    found = Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
+    if (folder / "scheduler/scheduler_config.json").exists():
+        found.defaults = names.defaults_from_hub(read_json(folder, name, "scheduler/scheduler_config.json"))
+    return found
 
 
 def rename(part: str, tensors: dict[str, Tensor], configs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -223,29 +233,45 @@ def ema_weights(found: Source) -> dict[str, Tensor]:
     return {name: found.tensors[flat] for name, flat in table.items()}
 
 
-MOST = {"num_res_blocks": 16, "transformer_depth": 64, "channel_mult": 64, "num_hidden_layers": 128}
+ACTIVATIONS = ("quick_gelu", "gelu")  # of a text encoder; v1's is the first
+LIST = 8  # the most levels of a UNet or a VAE
+
+# What each field of a config may be: a whole number from 1 to this; a tuple of them; a number between 0 and this; or,
+# for hidden_act, one of ACTIVATIONS. Every size is bounded: a file's word for it must not make us build layers for
+# hours.
+WIDTH, DEEP = 1 << 17, 64
+WHOLE: dict[str, int] = {
+    **dict.fromkeys(["in_channels", "out_channels", "out_ch", "z_channels", "model_channels", "ch"], WIDTH),
+    **dict.fromkeys(["context_dim", "hidden_size", "intermediate_size", "vocab_size", "num_groups"], WIDTH),
+    **dict.fromkeys(["num_heads", "num_attention_heads", "max_position_embeddings"], WIDTH),
+    **{"num_res_blocks": 16, "transformer_depth": DEEP, "num_hidden_layers": 128},
+}
+SEVERAL: dict[str, int] = {"channel_mult": DEEP, "ch_mult": DEEP, "attention_resolutions": WIDTH}
+FACTORS: dict[str, float] = {"scale_factor": 1e6, "layer_norm_eps": 1.0}
+
+
+def fits(field: str, value: Any) -> bool:
+    """Whether a field of a config can have this value."""
+    if field in WHOLE:
+        return type(value) is int and 0 < value <= WHOLE[field]
+    if field in SEVERAL:
+        if not isinstance(value, tuple) or len(value) > LIST or (not value and field != "attention_resolutions"):
+            return False
+        return all(type(n) is int and 0 < n <= SEVERAL[field] for n in value)
+    if field in FACTORS:
+        return type(value) in (int, float) and 0 < value < FACTORS[field]
+    return field == "hidden_act" and value in ACTIVATIONS
 
 
 def config_of(kind: type, settings: Mapping[str, Any]) -> Any:
-    """A config dataclass from fields, with lists (of JSON) as tuples. Raises LoadError for unfit values.
-
-    Every size is bounded: a file's word for it must not make us build layers for hours.
-    """
-    known = {f.name: f for f in fields(kind)}
-    unknown = sorted(settings.keys() - known.keys())
+    """A config dataclass from fields, with lists (of JSON) as tuples. Raises LoadError for values that do not fit."""
+    known = sorted(f.name for f in fields(kind))
+    unknown = sorted(settings.keys() - set(known))
     if unknown:
-        raise LoadError(f"config: {kind.__name__} has no {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
+        raise LoadError(f"config: {kind.__name__} has no {unknown[0]!r}; its fields are {', '.join(known)}.")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     for key, value in settings.items():
-        default = known[key].default
-        if isinstance(default, str):
-            sound = value in ("quick_gelu", "gelu")  # hidden_act; v1's is the first
-        elif isinstance(default, float):
-            sound = isinstance(value, int | float) and 0 < value < 1e6
-        else:
-            numbers = value if isinstance(value, tuple) and isinstance(default, tuple) else (value,)
-            sound = len(numbers) <= 8 and all(type(n) is int and 0 < n <= MOST.get(key, 1 << 17) for n in numbers)
-        if not sound or (value == () and key == "channel_mult"):
+        if not fits(key, value):
             raise LoadError(f"config: {kind.__name__} cannot have {key} = {value!r}: give it a usable size.")
     config = kind(**settings)
     if kind is TextConfig:

@@ -1,0 +1,49 @@
+"""The files that a model's weights come from: their digest, and whether what is mapped from them is still there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+from .source import LoadError
+
+
+class WeightFiles:
+    """weights: the file, or that of the UNet; maps: each file that tensors are mapped from, and its map."""
+
+    def __init__(self, weights: Path | None = None, maps: Iterable[tuple[Path, mmap]] = ()):
+        self.weights = weights
+        self._maps = [(path, ref(mapped)) for path, mapped in maps]  # a map lives as long as a tensor is in it
+        self._digest: str | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """The SHA-256 of the weights file; read on first use. None for a model that is of no file."""
+        if self._digest is None and self.weights is not None:
+            with open(self.weights, "rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 24):
+                    digest.update(block)
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def check(self) -> None:
+        """Raise LoadError if a file that tensors are still mapped from has become shorter.
+
+        Reading a map beyond its file's end would end the process. A file that is deleted or replaced does no harm:
+        the system keeps it for the map.
+        """
+        for path, reference in self._maps:
+            mapped = reference()
+            if mapped is not None and mapped.size() < len(mapped):
+                raise LoadError(
+                    f"{path} has shrunk from {len(mapped)} to {mapped.size()} bytes while it was in use: "
+                    "put it back, and load it again."
+                )
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy, or what is pickled, has tensors of its own
+        return self.__dict__ | {"_maps": []}

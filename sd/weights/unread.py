@@ -1,0 +1,199 @@
+"""Weights that stay in their file until somebody computes with them.
+
+A part of a model (its UNet, its VAE) that `load` made is *unread*: its parameters are the file's tensors, mapped, in
+the file's dtype. The first call of the part or of a module in it, its `state_dict()`, `.to()` and their like, a deep
+copy and pickling read it first: parameter by parameter is moved to where, and converted to what, the part computes
+in. Parameters stay the same objects, so an optimizer may hold them before. Once a part is read nothing is left of
+this: no hook, and the class that it had.
+
+`named_parameters()` reads nothing, nor does a copy of the part which shares its parameters: `read` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+Target = tuple[torch.device, torch.dtype]
+
+
+class _Unread:
+    """What is known of an unread part; found by the part and by every module in it. Refers to none of them."""
+
+    def __init__(self, part: nn.Module, target: Target):
+        self.target = target
+        self.part = ref(part)
+        self.kind = type(part)
+        self.lock = threading.RLock()  # two threads may call the part first
+        self.done = False
+        self.paused = 0
+        self.places = [
+            (ref(module), name, parameter, parameter.data_ptr())
+            for module in part.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        self.pointers = {place for *_, place in self.places}
+        self.hooks = [
+            hook
+            for module in part.modules()
+            for hook in (
+                module.register_forward_pre_hook(_read_first, prepend=True),
+                module.register_state_dict_pre_hook(_read_first),
+            )
+        ]
+
+    def converted(self, tensor: Tensor) -> Tensor:
+        """A tensor as the part computes with it; what somebody has changed since loading stays as it is."""
+        return tensor.to(*self.target) if tensor.data_ptr() in self.pointers else tensor
+
+    def read(self) -> None:
+        with self.lock, torch.inference_mode(False), torch.no_grad():  # else the weights could not be trained
+            if self.done:
+                return
+            for module, name, parameter, _ in self.places:
+                data = self.converted(parameter.data)
+                try:
+                    parameter.data = data
+                except RuntimeError:  # a device of another kind, such as meta: the parameter must be another too
+                    if owner := module():
+                        setattr(owner, name, nn.Parameter(data, parameter.requires_grad))
+            self.finish()
+
+    def finish(self) -> None:
+        self.done = True
+        for hook in self.hooks:
+            hook.remove()
+        if part := self.part():
+            for module in part.modules():
+                _UNREAD.pop(module, None)
+            part.__class__ = self.kind
+
+
+_UNREAD: WeakKeyDictionary[nn.Module, _Unread] = WeakKeyDictionary()
+
+
+def _read_first(module: nn.Module, *_: Any) -> None:
+    """The hook: of a module that is the part's own. A copy that has the hook too is nobody's."""
+    unread = _UNREAD.get(module)
+    if unread and not unread.paused:
+        unread.read()
+
+
+class _Part(nn.Module):
+    """What an unread part does otherwise than its class; it is of that class again once it is read."""
+
+    plain: type[nn.Module]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """`.to()`, `.half()`, `.cuda()` and so on: read and changed tensor by tensor."""
+        unread = _UNREAD.get(self)
+        if unread is None:
+            return super()._apply(fn, recurse)
+        with unread.lock, torch.inference_mode(False):
+            if unread.done or not recurse:
+                unread.read()
+                return self._apply(fn, recurse)
+            super()._apply(lambda tensor: fn(unread.converted(tensor)))
+            unread.finish()
+            return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return self.load_state_dict(*args, **kwargs)
+
+    def settle(self) -> None:
+        """Read the part, if this is one, and be of the plain class."""
+        kind: Any = self.plain
+        read(self)
+        self.__class__ = kind
+
+    def __copy__(self) -> nn.Module:
+        result = self.plain.__new__(self.plain)
+        result.__dict__.update(self.__dict__)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        if not all(id(parameter) in memo for parameter in self.parameters()):
+            self.settle()
+            return copy.deepcopy(self, memo)
+        result = self.plain.__new__(self.plain)  # it shares the parameters, so nothing need be read for it
+        memo[id(self)] = result
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for module in result.modules():
+            for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
+                for key in [key for key, hook in hooks.items() if hook is _read_first]:
+                    del hooks[key]
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.settle()
+        return self.__reduce_ex__(protocol)
+
+
+_KINDS: dict[type, type[nn.Module]] = {}
+
+
+def _unread_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _KINDS:
+        own = {"plain": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _KINDS[kind] = type(kind.__name__, (_Part, kind), own)
+    return _KINDS[kind]
+
+
+def leave(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Leave the weights of `part` where they are, until it is to compute on `device` in `dtype`."""
+    parameters = list(part.parameters())
+    if all((p.device, p.dtype) == (device, dtype) for p in parameters):
+        return  # as it is in the file: nothing to do, now or later
+    unread = _Unread(part, (device, dtype))
+    for module in part.modules():
+        _UNREAD[module] = unread
+    part.__class__ = _unread_kind(type(part))
+
+
+def read(part: nn.Module) -> nn.Module:
+    """The part, with its weights where and in what it computes."""
+    if unread := _UNREAD.get(part):
+        unread.read()
+    return part
+
+
+def target(part: nn.Module) -> Target | None:
+    """Where and in what an unread part will compute; None: it is read."""
+    unread = _UNREAD.get(part)
+    return unread.target if unread else None
+
+
+def computes_in(part: nn.Module) -> Target:
+    """The device and the dtype of a part, read or not."""
+    first = next(part.parameters())
+    return target(part) or (first.device, first.dtype)
+
+
+def stored(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Of every parameter its name, the tensor as it is now, and the dtype that the part computes with it in."""
+    unread = _UNREAD.get(part)
+    for name, parameter in part.named_parameters():
+        mapped = unread is not None and parameter.data_ptr() in unread.pointers
+        yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
+
+
+@contextmanager
+def untouched(part: nn.Module) -> Iterator[None]:
+    """Within the block, calls of an unread part do not read it: somebody hands it its weights in another way."""
+    unread = _UNREAD.get(part)
+    if unread is None:
+        yield
+        return
+    unread.paused += 1
+    try:
+        yield
+    finally:
+        unread.paused -= 1

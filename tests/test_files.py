@@ -1,0 +1,233 @@
+"""Files are written whole or not at all, by one module alone; small ones are read within bounds."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+import sd
+from sd import files
+from sd.files import DEPTH, SmallFileError, parse_json, read_json, read_small, read_utf8, write_text, writing
+
+ROOM = Path(sd.__file__).parent
+
+# Not for users, and gone at once: the folder that transformers reads a tokenizer from, a rank's word to its launcher
+OWN_BUSINESS = {"text.py", "parallel/launch.py"}
+WRITERS = {"write_bytes", "mkstemp", "NamedTemporaryFile", "symlink", "link"}
+
+
+def writers(path):
+    """The calls in a file of source code that open a file for writing, or put one in place."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "")
+        owner = getattr(node.func.value, "id", "") if method else ""
+        first = 0 if method and owner not in ("os", "io", "Image") else 1  # path.open(mode), open(path, mode)
+        modes = [*node.args[first : first + 1], *(k.value for k in node.keywords if k.arg == "mode")]
+        writes = any(set(str(getattr(mode, "value", "w"))) & set("wxa+") for mode in modes)
+        if (
+            (name in ("open", "fdopen") and writes)
+            or name in WRITERS
+            or (name == "write_text" and method)  # a path's; the function is ours, of sd.files
+            or (name in ("replace", "rename") and owner == "os")
+        ):
+            yield f"{name}, line {node.lineno}"
+
+
+def test_one_module_alone_writes_files():
+    found = {p.relative_to(ROOM).as_posix(): list(writers(p)) for p in ROOM.rglob("*.py")}
+    assert found.pop("files.py")  # and so they are seen
+    assert {path: calls for path, calls in found.items() if calls and path not in OWN_BUSINESS} == {}
+
+
+def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "a.bin"
+    with writing(path) as file:
+        file.write(b"half")
+        (part,) = tmp_path.iterdir()
+        assert part.name.startswith(".sd-")
+        assert len(part.name) == 17
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    write_text(tmp_path / "b", "x")
+    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "ab"]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("force", [False, True])
+def test_after_a_failure_nothing_is_left(tmp_path, error, force):
+    path = tmp_path / "a.bin"
+    if force:
+        path.write_bytes(b"before")
+
+    def fail():
+        with writing(path, force=force) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"] * force
+
+
+def test_what_is_there_is_replaced_only_with_force(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one")
+    with pytest.raises(FileExistsError, match=r"a\.txt exists: choose another name"):
+        write_text(path, "two")
+    assert path.read_text() == "one"
+    write_text(path, "two", force=True)
+    assert path.read_text() == "two"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_that_is_taken_meanwhile_stays_the_others(tmp_path, monkeypatch, links):
+    """On file systems without hard links too."""
+    if not links:
+
+        def link(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "a.txt"
+    write_text(tmp_path / "b.txt", "b")
+
+    def write():
+        with writing(path) as file:
+            file.write(b"ours")
+            path.write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="exists"):
+        write()
+    assert path.read_text() == "theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+
+
+def test_without_hard_links_a_failure_leaves_no_empty_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"cannot be written: Input/output error"):
+        write_text(tmp_path / "a.txt", "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".png", "n" * 300])
+def test_the_length_of_a_name_is_the_systems_business(tmp_path, name):
+    if len(name) < 256:
+        write_text(tmp_path / name, "x")
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+    else:
+        with pytest.raises(OSError, match="cannot be written"):
+            write_text(tmp_path / name, "x")
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_regular_file_is_not_written_over(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name, word in (("pipe", "not a regular file"), ("folder", "a folder"), ("null", "not a regular file")):
+        with pytest.raises(OSError, match=f"cannot be written: it is {word}"):
+            write_text(tmp_path / name, "x", force=True)
+    with pytest.raises(OSError, match="cannot be written"):
+        write_text(tmp_path / "no/such/folder", "x")
+    with pytest.raises(OSError, match="cannot be written"):
+        write_text("a\0b", "x")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_link_is_replaced_and_not_what_it_names(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "link", "ours")
+    write_text(tmp_path / "link", "ours", force=True)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "open", lambda *_: Path("/dev/full").open("wb"), raising=False)  # noqa: SIM115
+    with pytest.raises(OSError, match=r"a\.txt cannot be written: No space left on device; make room"):
+        write_text(tmp_path / "a.txt", "x" * 100_000)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- reading
+
+
+def test_small_files_are_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [1, {"b": "ß"}]}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == {"a": [1, {"b": "ß"}]}
+    assert json.loads(read_utf8(tmp_path / "a.json")) == json.loads(read_small(tmp_path / "a.json"))
+
+
+def test_what_is_no_small_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    server = socket.socket(socket.AF_UNIX)
+    here = os.getcwd()
+    os.chdir(tmp_path)  # a socket's path must be short
+    try:
+        server.bind("socket")
+    finally:
+        os.chdir(here)
+        server.close()
+    (tmp_path / "large").write_bytes(b"x" * 101)
+    for name, reason in (
+        ("pipe", "it is not a regular file"),
+        ("socket", "it is not a regular file"),
+        (".", "it is not a regular file"),
+        ("nothing", "it does not exist"),
+        ("large", "it has more than 100 bytes"),
+    ):
+        with pytest.raises(SmallFileError, match=f"^The config .* cannot be read: {reason}.$") as caught:
+            read_small(tmp_path / name, "The config", limit=100)
+        assert caught.value.reason == reason
+    with pytest.raises(SmallFileError, match="not a regular file"):
+        read_small("/dev/zero")
+    with pytest.raises(SmallFileError, match="cannot be read"):
+        read_small("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'"\xff"', "not text in UTF-8"),
+        (b"[" * 100_000, "brackets"),
+        (b"[" * (DEPTH + 1) + b"]" * (DEPTH + 1), "brackets"),
+        (b'{"a":' * (DEPTH + 1) + b"1" + b"}" * (DEPTH + 1), "brackets"),
+        (b"9" * 5000, "number"),
+    ],
+)
+def test_json_that_is_none_or_too_deep(tmp_path, content, word):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(SmallFileError, match=f"cannot be read: it .*{word}") as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_brackets_up_to_the_limit_are_read():
+    assert parse_json("[" * DEPTH + "]" * DEPTH) is not None
+    with pytest.raises(ValueError, match="more than 3 brackets"):
+        parse_json("[[[[]]]]", depth=3)
