@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from sd.cli import main
+from sd.cli import draw, main
+from sd.cli.drawing import Drawing, drawing_of
 
 CAPTION = "a red star above a blue ring on a white background"
 
@@ -32,18 +37,165 @@ def drawn(tmp_path_factory):
     return folder, done
 
 
-def test_help_needs_no_torch():
+COMMANDS = ["draw", "study", "describe", "info", "compare", "convert"]
+
+
+def helped(words, capsys):
+    """What the command prints for help, which is no error."""
+    try:
+        code = main(words)
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert not code
+    return capsys.readouterr().out
+
+
+def test_help_needs_nothing_but_the_standard_library():
     code = """
 import sys
 from sd.cli import main
 try:
     main(["--help"])
 finally:
-    assert "torch" not in sys.modules
+    for name in ("torch", "numpy", "PIL", "tqdm", "transformers", "difflib"):
+        assert name not in sys.modules, name
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--scheduler" in done.stdout
+
+
+def test_help_names_every_command(capsys):
+    text = helped(["help"], capsys)
+    assert text == helped(["--help"], capsys) == helped(["-h"], capsys) == helped(["help", "draw"], capsys)
+    for name in COMMANDS:
+        assert f"artist {name} " in text
+
+
+@pytest.mark.parametrize("name", COMMANDS[1:])
+def test_help_about_one_command(name, capsys):
+    text = helped(["help", name], capsys)
+    assert text == helped([name, "--help"], capsys)
+    assert text.startswith(f"usage: artist {name} ")
+
+
+def test_help_speaks_of_no_python(capsys):
+    for name in COMMANDS:
+        assert not re.search(r"None|True|False|torch\.|=\s|\w+_\w+", helped(["help", name], capsys))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["inof", "model.ckpt"], "did you mean 'artist info'? To draw that word: artist draw inof."),
+        (["inof"], "There is no command 'inof'; did you mean 'artist info'?"),
+        (["Compair"], "did you mean 'artist compare'?"),
+        (["hlep"], "did you mean 'artist help'?"),
+        (["help", "stduy"], "did you mean 'artist study'?"),
+        (["help", "paint"], "There is no command 'paint': the commands are draw, study"),
+        (["a", "red", "star"], "quotation marks"),
+        (["info", "a", "b"], "cannot use the word 'b'"),
+        (["info"], "artist info --help"),
+        (["star of gold", "--stpes", "3"], "There is no option --stpes; did you mean --steps?"),
+        (["star of gold", "--steps"], "--steps needs a value after it"),
+    ],
+)
+def test_slips_get_a_suggestion(words, says, capsys):
+    refused(words, capsys, says)
+
+
+@pytest.mark.parametrize("words", [["draw", "inof"], ["--", "inof"], ["star"], ["Drawing a house"]])
+def test_a_word_that_is_no_command_is_drawn(words, tmp_path, capsys, monkeypatch):
+    """As far as the first thing that is looked at then: where the picture goes."""
+    monkeypatch.chdir(tmp_path)
+    place = ["-o", "nowhere/x.png"]
+    refused([*words[:1], *place, *words[1:]] if words[0] == "draw" else [*place, *words], capsys, "no folder nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--variant", "lean", "--exact"],
+            "--exact only works with --variant simple, and you asked for --variant lean",
+        ),
+        (["--variant", "simple", "--plan"], "--plan only works with --variant lean or parallel, and you asked for"),
+        (["--memory", "600MB"], "--memory only works with --variant lean: add that, or leave --memory out."),
+        (["--variant", "lean", "--split", "rows=2"], "--split only works with --variant parallel, and"),
+        (["--ranks", "2"], "--ranks only works with --variant parallel: add that, or leave --ranks out."),
+        (["--variant", "lean", "--memory", "much"], "600MB"),
+        (["--variant", "small"], "--variant must be simple, lean or parallel, not small"),
+    ],
+)
+def test_options_that_exclude_each_other(options, says, capsys):
+    refused([CAPTION, *options], capsys, says)
+
+
+def test_a_drawing_is_what_is_given_and_nothing_else():
+    drawing = drawing_of({"prompt": CAPTION, "seed": 3, "scheduler": "ddim"})
+    assert drawing == Drawing(CAPTION, seed=3, scheduler="ddim")
+    assert drawing.call == {"negative_prompt": "", "scheduler": "ddim", "eta": 0.0}  # the rest is the model's
+    with pytest.raises(FrozenInstanceError):
+        drawing.seed = 4
+
+
+def test_again_takes_what_is_not_given_from_the_picture(drawn):
+    star = str(drawn[0] / "star.png")
+    drawing = drawing_of({"again": star, "seed": 9, "guidance_scale": 2.0})
+    assert (drawing.prompt, drawing.negative_prompt, drawing.seed) == (CAPTION, "black", 9)
+    assert (drawing.num_inference_steps, drawing.guidance_scale, drawing.height) == (4, 2.0, 128)
+    assert drawing.model_hash
+    assert drawing_of({"again": star, "model": "other.ckpt"}).model_hash is None  # other weights are asked for
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", "three"), ("dtype", "load"), ("prompt", ["a"]), ("model", 1)])
+def test_damaged_settings_are_refused(name, value, tmp_path, capsys):
+    settings = {"prompt": CAPTION, "num_inference_steps": 1, "model": "shapes", name: value}
+    info = PngInfo()
+    info.add_itxt("sd", json.dumps(settings))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    refused(["--again", tmp_path / "x.png"], capsys, "cannot be drawn again", name)
+
+
+class Counting:
+    """A sampler that stands for any: it draws black pictures, and counts."""
+
+    def __init__(self, split=None):
+        self.asked, self.calls = split, []
+        self.model = SimpleNamespace(dtype="torch.float32", hash="0123456789")
+
+    def request(self, prompt, *, seed, num_images_per_prompt, **call):
+        self.calls.append((seed, num_images_per_prompt))
+        scheduler = SimpleNamespace(timesteps=[1.0], num_inference_steps=1)
+        return SimpleNamespace(
+            images=num_images_per_prompt, scheduler=scheduler, guidance_scale=7.5, height=8, width=8
+        )
+
+    def run(self, request):
+        yield SimpleNamespace(latents=request.images)
+
+    def decode(self, images):
+        return [Image.new("RGB", (8, 8))] * images
+
+
+def test_the_last_pictures_have_a_smaller_split(monkeypatch):
+    """Five pictures, two at a time: the fifth is drawn by a sampler whose split deals out one."""
+    made = []
+
+    def make_sampler(model, drawing):
+        made.append(Counting(drawing.split))
+        return made[-1]
+
+    monkeypatch.setattr(draw, "make_sampler", make_sampler)
+    monkeypatch.setattr(draw, "at_once", lambda sampler, drawing: 2)
+    first = Counting({"image": 2, "rows": 1})
+    drawing = Drawing(CAPTION, seed=7, count=5, variant="parallel", split={"image": 2, "rows": 1})
+    found = list(draw.pictures(first, drawing, show=False))
+    assert [drawn.number for drawn in found] == [0, 1, 2, 3, 4]
+    assert [drawn.settings["seed"] for drawn in found] == [7, 8, 9, 10, 11]
+    assert first.calls == [(7, 2), (9, 2)]
+    assert first.asked == {"image": 2, "rows": 1}
+    assert [(s.asked, s.calls) for s in made] == [({"image": 1, "rows": 1}, [(11, 1)])]
 
 
 def test_without_arguments_it_says_how(capsys):
@@ -74,7 +226,12 @@ def test_the_png_says_how_it_was_drawn(drawn):
     assert fields["Size"] == "128x128"
     assert fields["Model"] == "shapes"
     assert len(fields["Model hash"]) == 10
-    assert json.loads(text["sd"])["num_inference_steps"] == 4
+    settings = json.loads(text["sd"])
+    assert settings["num_inference_steps"] == 4
+    # What was left to the model is there as it was used, and what no picture needs is not.
+    assert (settings["guidance_scale"], settings["scheduler"], settings["height"]) == (7.5, "pndm", 128)
+    assert settings["dtype"] == "float32"
+    assert not settings.keys() & {"output", "force", "variant", "device"}
 
 
 @pytest.mark.slow

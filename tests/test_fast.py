@@ -491,19 +491,19 @@ def test_results_lie_in_memory_as_the_textbooks(wide):
     assert quick.vae.encode(noise(1, 3, 24, 24)).is_contiguous()
 
 
-def test_the_command_reads_lazily_where_it_is_fast_and_keeps_memory_where_it_is_simple(monkeypatch):
+def test_the_command_keeps_memory_where_it_is_simple(monkeypatch):
     from sd import loader
     from sd.cli.drawing import Drawing, load_model
     from sd.speed import malloc
 
     seen = []
-    monkeypatch.setattr(loader, "load", lambda *_, lazy, **__: seen.append(lazy))
+    monkeypatch.setattr(loader, "load", lambda *_, **__: seen.append("load"))
     for name in ("keep", "large_pages"):
         monkeypatch.setattr(malloc, name, lambda name=name: seen.append(name))
     load_model(Drawing("a red star", device="cpu"))
     load_model(Drawing("a red star", device="cpu", exact=True))
     load_model(Drawing("a red star", device="cpu", variant="lean"))
-    assert seen == ["large_pages", "keep", True, "large_pages", "keep", False, True]
+    assert seen == ["large_pages", "keep", "load", "large_pages", "keep", "load", "load"]
 
 
 @pytest.mark.parametrize("extra_memory", [True, False])

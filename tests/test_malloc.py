@@ -57,10 +57,21 @@ def test_freed_memory_is_kept_until_it_is_trimmed():
         assert run("large")["faults"] < 3000
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: SimpleNamespace())
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_another_c_library_is_left_alone(platform, monkeypatch):
+    """One without mallopt and malloc_trim is asked for them, on Linux, and nothing else; elsewhere none is loaded."""
+    asked = []
+
+    class Other:
+        def __getattr__(self, name):
+            asked.append(name)
+            raise AttributeError(name)
+
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: Other())
+    monkeypatch.setattr(malloc.sys, "platform", platform)
     malloc.keep()
     malloc.trim()
+    assert asked == (["mallopt", "malloc_trim"] if platform == "linux" else [])
 
 
 def test_an_older_glibc_gets_as_much_as_it_takes(monkeypatch):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ..parallel import launch
 from . import compare, convert, describe, draw, info, study
-from .options import CommandError
+from .options import CommandError, nearest
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {  # from arguments to the exit code
     "draw": draw.run,
@@ -60,13 +60,9 @@ def dispatch(words: list[str]) -> int:
 
 def refuse_near_misses(word: str) -> None:
     """Raise CommandError for a word that looks like a mistyped command: to draw it would be a surprise."""
-    if word.isalpha() and word not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(word.lower(), [*COMMANDS, "help"], 1, cutoff=0.75)
-        if near:
-            hint = f"did you mean 'artist {near[0]}'? To draw that word: artist draw {word}."
-            raise CommandError(f"There is no command {word!r}; {hint}")
+    if word.isalpha() and (near := nearest(word.lower(), [*COMMANDS, "help"], cutoff=0.75)):
+        hint = f"did you mean 'artist {near}'? To draw that word: artist draw {word}."
+        raise CommandError(f"There is no command {word!r}; {hint}")
 
 
 def say(text: str) -> None:

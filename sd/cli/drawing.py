@@ -162,7 +162,6 @@ def load_model(drawing: Drawing) -> StableDiffusion:
             tokenizer=drawing.tokenizer,
             config=drawing.config,
             ema=drawing.ema,
-            lazy=drawing.variant == "lean" or drawing.fast,
         )
 
     if drawing.variant == "parallel":

@@ -6,7 +6,6 @@ Nothing here imports torch, so that help is there at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -16,6 +15,13 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 class CommandError(ValueError):
     """What is wrong with the command line, in one sentence."""
+
+
+def nearest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The known word that may have been meant, if one is near."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, known, 1, cutoff)), None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,9 +46,9 @@ class Parser(argparse.ArgumentParser):
                 says = f"{self.prog} --help says what it takes."
                 raise CommandError(self.too_many or f"{self.prog} cannot use the word {word!r}: {says}")
             option = word.partition("=")[0]
-            near = difflib.get_close_matches(option, re.findall(r"--[\w-]+", self.format_help()), 1)
-            hint = f"did you mean {near[0]}" if near else "is it spelled as you meant it"
-            raise CommandError(f"There is no option {option}; {hint}? {self.prog} --help lists the options.")
+            near = nearest(option, re.findall(r"--[\w-]+", self.format_help()))
+            hint = f"; did you mean {near}?" if near else "."
+            raise CommandError(f"There is no option {option}{hint} {self.prog} --help lists the options.")
         return vars(found)
 
     def error(self, message: str) -> NoReturn:
