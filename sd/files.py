@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +55,7 @@ def writing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO
     Raises FileExistsError or OSError in one sentence; what else the block raises goes through as it is.
     """
     path = Path(path)
-    part = path.parent / f".sd-{secrets.token_hex(4)}.part"  # short, however long the file's own name is
+    part = path.parent / f".sd-{os.urandom(4).hex()}.part"  # short, however long the file's own name is
     try:
         check_target(path, force)
         with open(part, "xb") as file:  # with the permissions that any new file has

@@ -72,21 +72,11 @@ class Drawing:
 
 
 RECORDED: dict[str, type | tuple[type, ...]] = {  # what a PNG of `artist` says of how it was drawn
-    "prompt": str,
-    "negative_prompt": str,
-    "seed": int,
-    "num_inference_steps": int,
-    "guidance_scale": (int, float),
-    "height": int,
-    "width": int,
-    "scheduler": str,
-    "eta": (int, float),
-    "model": str,
-    "revision": str,
-    "hub_variant": str,
+    **dict.fromkeys(["prompt", "negative_prompt", "scheduler", "dtype"], str),
+    **dict.fromkeys(["model", "revision", "hub_variant", "model_hash"], str),
+    **dict.fromkeys(["seed", "num_inference_steps", "height", "width"], int),
+    **dict.fromkeys(["guidance_scale", "eta"], (int, float)),
     "ema": bool,
-    "dtype": str,
-    "model_hash": str,
 }
 
 

@@ -10,14 +10,16 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
 
 FOLDER = "SD_RANK"  # in the environment of the ranks that `launch` starts: the private folder where they meet
 PARENT = "SD_LAUNCHER"  # the process that started them
@@ -112,6 +114,8 @@ def words(place: Path, rank: int) -> Path:
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
     """Run `artist` with these arguments as `ranks` processes. Raises LaunchError, naming who failed first."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="artist-ranks-") as name, ended_by_signals():
         place = Path(name)  # readable and writable by this user alone
         children: list[subprocess.Popen[bytes]] = []
@@ -128,6 +132,8 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
 
 
 def start(arguments: Sequence[str], rank: int, ranks: int, place: Path) -> subprocess.Popen[bytes]:
+    import subprocess
+
     home = str(Path(__file__).parents[1] / "__init__.py")
     try:
         return subprocess.Popen(
