@@ -212,19 +212,15 @@ def children(pid: int) -> list[int]:
 
 def predict(height: int, width: int) -> None:
     """For GPUs, from operations and bytes; not a measurement."""
-    import torch
-
     import sd
-    from sd.parallel.sampler import CUDA, Split, make_plan
+    from sd.parallel.sampler import CUDA, Split, plan_split
 
-    with torch.device("meta"):
-        unet = sd.UNet()
     print(
         f"\nPREDICTED, not measured: one picture on GPUs, float16, at {CUDA.flops / 1e12:.0f} TFLOP/s, "
         f"{CUDA.bytes / 1e9:.0f} GB/s and {CUDA.exchange * 1e6:.0f} us an exchange"
     )
     for ranks, split in ((2, Split(1, 2, 1)), (2, Split(1, 1, 2)), (4, Split(1, 2, 2)), (8, Split(1, 2, 4))):
-        plan = make_plan(unet, ranks, 1, True, (height, width), 2, CUDA, split)
+        plan = plan_split(sd.UNetConfig(), ranks, 1, True, (height, width), 2, CUDA, split)
         print(f"{ranks} GPUs, {split!s:22} {plan.seconds[Split()] / plan.seconds[split]:5.2f} times")
 
 

@@ -171,7 +171,7 @@ def sleeper(seconds, code):
 def test_a_cause_that_comes_after_its_echo_is_waited_for(tmp_path):
     """Rank 0 hears that rank 1 is gone, and ends before it."""
     children = [sleeper(0, 1), sleeper(0.5, 2)]
-    launch.words(tmp_path, 0).write_text("Another rank is gone, so this one stops (reset).")
+    launch.note_of(tmp_path, 0).write_text("Another rank is gone, so this one stops (reset).")
     assert launch.wait(children, tmp_path) == {0: 1, 1: 2}
     assert [child.poll() for child in children] == [1, 2]
 

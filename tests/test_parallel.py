@@ -7,7 +7,7 @@ import torch
 
 import sd
 from sd.parallel.ranks import RankError, agree
-from sd.parallel.sampler import CPU, ParallelSampler, Split, deal, make_plan, work_of
+from sd.parallel.sampler import CPU, ParallelSampler, Split, deal, plan_split, work_of
 from tests.layouts import make_model
 from tests.worlds import in_world
 
@@ -128,14 +128,14 @@ def test_a_rank_that_leaves_is_an_error_on_the_others(when):
     ],
 )
 def test_images_first_then_guidance_then_rows(ranks, images, guidance, split):
-    plan = make_plan(sd.UNetConfig(), ranks, images, guidance, (64, 64), 4, CPU)
+    plan = plan_split(sd.UNetConfig(), ranks, images, guidance, (64, 64), 4, CPU)
     assert plan.split == split
     assert "split" in str(plan)
 
 
 def test_rows_only_where_they_pay():
     unet = make_model().unet.config  # so small that messages take longer than the work
-    plan = make_plan(unet, 4, 1, True, (16, 16), 4, CPU)
+    plan = plan_split(unet, 4, 1, True, (16, 16), 4, CPU)
     assert plan.split == Split(guidance=2)
     assert "2 of 4 ranks have nothing to do" in str(plan)
 

@@ -85,7 +85,7 @@ def test_a_note_that_no_rank_writes_is_silence(note, tmp_path, monkeypatch):
     monkeypatch.setattr(pulse.PULSE, "timeout", 0.4)
     notes = pulse.Notes(tmp_path)
     notes.set(1, note)
-    pulse.look(notes, 0, 2, threading.Event(), said.append)
+    pulse.watch_others(notes, 0, 2, threading.Event(), said.append)
     assert said == ["Rank 1 has not answered for 0 s, so all were ended."]
     assert not killed
     assert notes.get(0).endswith(b" 1")  # alive, and not drawing
@@ -98,12 +98,12 @@ def test_a_rank_that_has_not_begun_or_is_done_is_not_silent(note, tmp_path, monk
     notes = pulse.Notes(tmp_path)
     notes.set(1, note)
     threading.Timer(1.0, done.set).start()
-    pulse.look(notes, 0, 2, done, said.append)
+    pulse.watch_others(notes, 0, 2, done, said.append)
     assert not said
 
 
 def test_a_meeting_point_that_is_gone_is_said(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(pulse.PULSE, "on", True)
-    pulse.look(pulse.Notes(tmp_path / "gone"), 0, 2, threading.Event(), said.append)
+    pulse.watch_others(pulse.Notes(tmp_path / "gone"), 0, 2, threading.Event(), said.append)
     assert said == ["The ranks' meeting point does not answer: the rank or the launcher that held it is gone."]

@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
     paths = outputs(drawing) if leads and not drawing.plan else []  # before any work is done
     if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
-        launch.launch(arguments, drawing.ranks)
+        launch.start_ranks(arguments, drawing.ranks)
         return 0
     sampler = prepare(drawing)
     if drawing.plan:

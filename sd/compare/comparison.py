@@ -66,7 +66,7 @@ def make_inputs(model: StableDiffusion, size: int | None, dtype: torch.dtype | N
     return Inputs(latents.to(**on), torch.tensor([981.0, 17.25], device=model.device), image.to(**on))
 
 
-def vae_modules(vae: VAE) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def vae_blocks(vae: VAE) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Name -> module, of the blocks of the encoder and of the decoder."""
     encoder: dict[str, nn.Module] = {"quant_conv": vae.quant_conv}
     decoder: dict[str, nn.Module] = {"post_quant_conv": vae.post_quant_conv}
@@ -78,7 +78,7 @@ def vae_modules(vae: VAE) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     return encoder, decoder
 
 
-def unet_modules(unet: nn.Module) -> dict[str, nn.Module]:
+def unet_blocks(unet: nn.Module) -> dict[str, nn.Module]:
     """Name -> module, of the blocks of a UNet."""
     inner = ((f"{name}.{i}", block) for name in ("input_blocks", "output_blocks")
              for i, block in enumerate(getattr(unet, name)))  # fmt: skip
@@ -161,7 +161,7 @@ def compare_unet(model: StableDiffusion, inputs: Inputs, context: Tensor, bound:
     # Theirs starts from the timesteps: the sines and cosines are part of it.
     counterparts["time_embed"] = lambda x: theirs.time_embedding(theirs.time_proj(inputs.timesteps).to(x.dtype))
     counterparts["out"] = lambda x: theirs.conv_out(theirs.conv_act(theirs.conv_norm_out(x)))
-    rows = compare_blocks("unet", unet_modules(unet), counterparts, lambda: unet(*arguments), bound, repeats)
+    rows = compare_blocks("unet", unet_blocks(unet), counterparts, lambda: unet(*arguments), bound, repeats)
     whole, _ = pair(
         "unet (whole)",
         lambda: unet(*arguments),
@@ -181,7 +181,7 @@ def compare_vae(model: StableDiffusion, inputs: Inputs, bound: float, repeats: i
     )
     counterparts = reference.vae_counterparts(vae, theirs)
     rows = []
-    for side, modules, (ours, other) in zip(("encoder", "decoder"), vae_modules(vae), calls, strict=True):
+    for side, modules, (ours, other) in zip(("encoder", "decoder"), vae_blocks(vae), calls, strict=True):
         rows += compare_blocks("vae", modules, counterparts, ours, bound, repeats)
         rows.append(pair(f"vae.{side} (whole)", ours, other, bound, repeats)[0])
     return rows
@@ -353,9 +353,9 @@ def compare_outputs(
     rows = [text]
     arguments = inputs.latents, inputs.timesteps, context
     unets = [model.unet for model in (a, b)]
-    blocks("unet", [unet_modules(u) for u in unets], [partial(u, *arguments) for u in unets])
+    blocks("unet", [unet_blocks(u) for u in unets], [partial(u, *arguments) for u in unets])
     vaes = [model.vae for model in (a, b)]
-    encoders, decoders = zip(*(vae_modules(vae) for vae in vaes), strict=True)
+    encoders, decoders = zip(*(vae_blocks(vae) for vae in vaes), strict=True)
     blocks("vae.encoder", encoders, [partial(_mean, v, inputs.image) for v in vaes])
     blocks("vae.decoder", decoders, [partial(v.decode, inputs.latents[:1]) for v in vaes])
     return rows

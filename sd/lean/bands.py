@@ -123,7 +123,7 @@ class NormSilu(Rows):
         self.x.release(a)
 
 
-class Conv(Rows):
+class ConvRows(Rows):
     """A convolution of 3 x 3 with padding 1, or of 1 x 1."""
 
     def __init__(self, x: Rows, layer: nn.Conv2d, weights: Weights):
@@ -262,14 +262,14 @@ class Bands:
         if not isinstance(x, Stored) and choice.input:
             x, moments = self.store(x, groups)
         moments = moments or self.moments(x, groups)
-        h: Rows = Conv(NormSilu(x, block.norm1, moments, self.weights), block.conv1, self.weights)
+        h: Rows = ConvRows(NormSilu(x, block.norm1, moments, self.weights), block.conv1, self.weights)
         if choice.hidden:
             h, inner = self.store_beside(h, groups)
         else:
             inner = self.moments(h, groups)
-        h = Conv(NormSilu(h, block.norm2, inner, self.weights), block.conv2, self.weights)
+        h = ConvRows(NormSilu(h, block.norm2, inner, self.weights), block.conv2, self.weights)
         short = block.nin_shortcut
-        return self.store(Sum(h, Conv(x, short, self.weights) if isinstance(short, nn.Conv2d) else x), groups)
+        return self.store(Sum(h, ConvRows(x, short, self.weights) if isinstance(short, nn.Conv2d) else x), groups)
 
     def store_beside(self, x: Rows, groups: int) -> tuple[Stored, Moments]:
         """`store`, of something whose sources are needed again."""
@@ -311,23 +311,23 @@ class Bands:
     def decode(self, vae: VAE, latent: Tensor) -> Tensor:
         """`vae.decode` of one scaled latent (1, 4, h, w) -> (1, 3, 8h, 8w)."""
         d, groups = vae.decoder, vae.config.num_groups
-        z = Conv(Given(latent / vae.config.scale_factor), vae.post_quant_conv, self.weights)
+        z = ConvRows(Given(latent / vae.config.scale_factor), vae.post_quant_conv, self.weights)
         x: Rows
         moments: Moments | None
-        x, moments = self.mid(*self.store(Conv(z, d.conv_in, self.weights), groups), d.mid)
+        x, moments = self.mid(*self.store(ConvRows(z, d.conv_in, self.weights), groups), d.mid)
         for level in reversed(d.up):
             for block in blocks_of(level):
                 x, moments = self.resnet(x, block, moments)
             if isinstance(up := level._modules.get("upsample"), Upsample):
                 x, moments = UpsampleConv(x, up.conv, self.weights), None
         assert moments is not None
-        image = Conv(NormSilu(x, d.norm_out, moments, self.weights), d.conv_out, self.weights)
+        image = ConvRows(NormSilu(x, d.norm_out, moments, self.weights), d.conv_out, self.weights)
         return self.store(image)[0].whole()
 
     def encode(self, vae: VAE, image: Tensor) -> tuple[Tensor, Tensor]:
         """`vae.moments` of one image (1, 3, H, W) -> mean and log-variance, (1, 4, H/8, W/8)."""
         e, groups = vae.encoder, vae.config.num_groups
-        x, moments = self.store(Conv(Given(image), e.conv_in, self.weights), groups)
+        x, moments = self.store(ConvRows(Given(image), e.conv_in, self.weights), groups)
         for level in e.down:
             for block in blocks_of(level):
                 x, moments = self.resnet(x, block, moments)
@@ -335,8 +335,8 @@ class Bands:
                 x, moments = self.store(DownsampleConv(x, down.conv, self.weights), groups)
         x, moments = self.mid(x, moments, e.mid)
         assert moments is not None
-        out = Conv(NormSilu(x, e.norm_out, moments, self.weights), e.conv_out, self.weights)
-        mean, logvar = self.store(Conv(out, vae.quant_conv, self.weights))[0].whole().chunk(2, dim=1)
+        out = ConvRows(NormSilu(x, e.norm_out, moments, self.weights), e.conv_out, self.weights)
+        mean, logvar = self.store(ConvRows(out, vae.quant_conv, self.weights))[0].whole().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
 

@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Choices, and the peak that they lead to."""
 
     job: Job
@@ -100,13 +100,13 @@ PIECES = [1 << 22, 1 << 21, 1 << 20]
 BANDS = [1 << 21, 1 << 20, 1 << 19]
 
 
-def least(job: Job) -> Plan:
+def least(job: Job) -> MemoryPlan:
     """The plan of the smallest peak."""
     blocks = len(list(resnets(job)))
-    return Plan(job, PIECES[-1], job.guidance, BANDS[-1], (Choice(False, False),) * blocks, 0)
+    return MemoryPlan(job, PIECES[-1], job.guidance, BANDS[-1], (Choice(False, False),) * blocks, 0)
 
 
-def make_plan(job: Job, memory: int) -> Plan:
+def plan_memory(job: Job, memory: int) -> MemoryPlan:
     """The fastest plan within `memory` bytes. Raises ValueError naming the least that would do."""
     plan = least(job)
     if plan.peak > memory:
@@ -124,7 +124,7 @@ def make_plan(job: Job, memory: int) -> Plan:
     return replace(plan, kept=max(0, min(job.streamable, memory - plan.peaks["UNet"])))
 
 
-def choose_bands(plan: Plan, memory: int) -> Plan:
+def choose_bands(plan: MemoryPlan, memory: int) -> MemoryPlan:
     """The same plan with the fastest way to decode within `memory` bytes, or as it is where none fits."""
     for band in BANDS:
         wider = replace(plan, band=band)
@@ -144,13 +144,13 @@ def choose_bands(plan: Plan, memory: int) -> Plan:
 # ---- peaks
 
 
-def text_peak(plan: Plan) -> int:
+def text_peak(plan: MemoryPlan) -> int:
     """77 tokens are small: what counts is a layer's weights."""
     job, tokens = plan.job, 77 * plan.job.batch * (1 + plan.job.guidance)
     return job.itemsize * (2 * TEXT_PIECE + tokens * 10 * job.text_width)  # two, and twice the wide inner ones
 
 
-def unet_peak(plan: Plan) -> int:
+def unet_peak(plan: MemoryPlan) -> int:
     """The largest of its layers', on top of the skips that wait, and of the text's keys, values and embeddings."""
     job = plan.job
     batch = job.batch * (2 if job.guidance and not plan.halves else 1)
@@ -226,7 +226,7 @@ def resnets(job: Job) -> Iterator[Stage]:
         area *= 4
 
 
-def vae_peak(plan: Plan) -> int:
+def vae_peak(plan: MemoryPlan) -> int:
     """The largest of the residual blocks', by what each stores, on top of its bands."""
     job = plan.job
     peaks = []

@@ -24,7 +24,7 @@ from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
 from ..weights.unread import computes_in
 from .bands import Bands
-from .plan import PROCESS, TEXT_PIECE, Job, Plan, bytes_of, choose_bands, least, make_plan
+from .plan import PROCESS, TEXT_PIECE, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
 from .stream import Streamed, Weights, weights_on
 
 
@@ -68,12 +68,12 @@ class LeanSampler(SimpleSampler):
     def available(self) -> int:
         return free_memory(self.model.device) if self.memory is None else self.memory
 
-    def make_plan(self, request: Request) -> Plan:
+    def make_plan(self, request: Request) -> MemoryPlan:
         guidance, steps = request.negative is not None, len(request.scheduler.timesteps)
         job = self.job(request.height, request.width, len(request.context), guidance, steps)
-        return make_plan(job, self.available())
+        return plan_memory(job, self.available())
 
-    def plan(self, prompt: Prompt | None = None, **options: Any) -> Plan:
+    def plan(self, prompt: Prompt | None = None, **options: Any) -> MemoryPlan:
         """How this call would be done. Takes the arguments of a call; `str(plan)` is for people."""
         with torch.no_grad():
             return self.make_plan(self.request(prompt, **options))
@@ -158,7 +158,7 @@ class LeanSampler(SimpleSampler):
         return tidy if self.model.device.type == "cpu" else check
 
     @contextmanager
-    def stage(self, name: str, plan: Plan | None = None) -> Iterator[None]:
+    def stage(self, name: str, plan: MemoryPlan | None = None) -> Iterator[None]:
         """Around a part of the work: says what to do where the file or the device fails in it."""
         self.model.check_file()
         try:

@@ -26,7 +26,7 @@ Key = tuple[tuple[int, int], ...]
 ALL = slice(None)
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     pass
 
 
@@ -41,7 +41,7 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         size: int = 1 << 22,
-        tidy: Callable[[], None] = nothing,
+        tidy: Callable[[], None] = do_nothing,
     ):
         self.tidy = tidy
         self.dtype, self.size = dtype, size
@@ -111,7 +111,7 @@ class PinnedWeights(Weights):
         dtype: torch.dtype,
         device: torch.device | str,
         size: int = 1 << 22,
-        tidy: Callable[[], None] = nothing,
+        tidy: Callable[[], None] = do_nothing,
     ):
         super().__init__(dtype, device, size, tidy)
         self.stream = torch.cuda.Stream(self.device)
@@ -169,7 +169,7 @@ def key_of(rows: Sequence[Tensor]) -> Key:
 
 
 def weights_on(
-    device: torch.device | str, dtype: torch.dtype, size: int, tidy: Callable[[], None] = nothing
+    device: torch.device | str, dtype: torch.dtype, size: int, tidy: Callable[[], None] = do_nothing
 ) -> Weights:
     kind = PinnedWeights if torch.device(device).type == "cuda" else Weights
     return kind(dtype, device, size, tidy)
@@ -190,7 +190,7 @@ class Streamed(Operations):
         return y if add is None else y.add_(add)
 
 
-def linear(ops: Streamed, layer: nn.Linear, x: Tensor) -> Tensor:
+def streamed_linear(ops: Streamed, layer: nn.Linear, x: Tensor) -> Tensor:
     if layer in ops.known:
         return ops.known[layer]()
     weights = ops.weights
@@ -205,7 +205,7 @@ def linear(ops: Streamed, layer: nn.Linear, x: Tensor) -> Tensor:
     return out
 
 
-def conv2d(ops: Streamed, layer: nn.Conv2d, x: Tensor) -> Tensor:
+def streamed_conv(ops: Streamed, layer: nn.Conv2d, x: Tensor) -> Tensor:
     weights = ops.weights
     bias = None if layer.bias is None else weights.small(layer.bias)
     pieces, out = weights.pieces(layer.weight), None
@@ -222,23 +222,23 @@ def conv2d(ops: Streamed, layer: nn.Conv2d, x: Tensor) -> Tensor:
     return out
 
 
-def group_norm(ops: Streamed, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+def streamed_group_norm(ops: Streamed, layer: nn.GroupNorm, x: Tensor) -> Tensor:
     small = ops.weights.small
     return F.group_norm(x, layer.num_groups, small(layer.weight), small(layer.bias), layer.eps)
 
 
-def layer_norm(ops: Streamed, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+def streamed_layer_norm(ops: Streamed, layer: nn.LayerNorm, x: Tensor) -> Tensor:
     small = ops.weights.small
     return F.layer_norm(x, layer.normalized_shape, small(layer.weight), small(layer.bias), layer.eps)
 
 
-def embedding(ops: Streamed, layer: nn.Embedding, ids: Tensor) -> Tensor:
+def streamed_embedding(ops: Streamed, layer: nn.Embedding, ids: Tensor) -> Tensor:
     """Only the rows that are asked for leave the file."""
     rows = F.embedding(ids.to(layer.weight.device), layer.weight.detach())
     return rows.to(ops.weights.device, ops.weights.dtype)
 
 
-def feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tensor:
+def streamed_feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tensor:
     """GEGLU and the projection after it, over pieces of the inner width and of the tokens."""
     weights, geglu, out_layer = ops.weights, layer.net[0], layer.net[2]
     assert isinstance(geglu, GEGLU)
@@ -262,10 +262,10 @@ def feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tensor:
 
 
 Streamed.layers = {
-    nn.Linear: linear,
-    nn.Conv2d: conv2d,
-    nn.GroupNorm: group_norm,
-    nn.LayerNorm: layer_norm,
-    nn.Embedding: embedding,
-    FeedForward: feed_forward,
+    nn.Linear: streamed_linear,
+    nn.Conv2d: streamed_conv,
+    nn.GroupNorm: streamed_group_norm,
+    nn.LayerNorm: streamed_layer_norm,
+    nn.Embedding: streamed_embedding,
+    FeedForward: streamed_feed_forward,
 }

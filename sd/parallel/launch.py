@@ -92,7 +92,7 @@ def report(message: str) -> bool:
     if place and is_rank():
         with contextlib.suppress(OSError):
             # In one call of the system, so that what is read is all or nothing.
-            words(place, rank()).write_bytes(message.encode(errors="replace")[:4096])
+            note_of(place, rank()).write_bytes(message.encode(errors="replace")[:4096])
             return True
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and not place:
@@ -104,7 +104,7 @@ def report(message: str) -> bool:
     return False
 
 
-def words(place: Path, rank: int) -> Path:
+def note_of(place: Path, rank: int) -> Path:
     """The file for the last words of a rank."""
     return place / f"said-{rank}"
 
@@ -112,7 +112,7 @@ def words(place: Path, rank: int) -> Path:
 # ---- in the launcher
 
 
-def launch(arguments: Sequence[str], ranks: int) -> None:
+def start_ranks(arguments: Sequence[str], ranks: int) -> None:
     """Run `artist` with these arguments as `ranks` processes. Raises LaunchError, naming who failed first."""
     import tempfile
 
@@ -222,7 +222,7 @@ def end_all(children: Sequence[subprocess.Popen[bytes]], seconds: float = 3.0) -
 
 def last_words(place: Path, rank: int) -> str:
     try:
-        return words(place, rank).read_bytes().decode(errors="replace")
+        return note_of(place, rank).read_bytes().decode(errors="replace")
     except OSError:
         return ""
 

@@ -115,7 +115,7 @@ def watch(timeout: float, fail: Callable[[str], None] = give_up) -> None:
     rank, count, place = dist.get_rank(), dist.get_world_size(), folder()
     notes = Notes(place) if place else StoreNotes()
     done = threading.Event()
-    threading.Thread(target=look, args=(notes, rank, count, done, fail), daemon=True).start()
+    threading.Thread(target=watch_others, args=(notes, rank, count, done, fail), daemon=True).start()
 
     def leave() -> None:
         done.set()
@@ -131,7 +131,7 @@ def beat(number: int) -> bytes:
     return f"{number} {work} {int(PULSE.waits > 0 or not PULSE.on)}".encode()
 
 
-def look(
+def watch_others(
     notes: Notes | StoreNotes, rank: int, count: int, done: threading.Event, fail: Callable[[str], None]
 ) -> None:
     now = time.monotonic()

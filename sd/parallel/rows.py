@@ -160,7 +160,7 @@ def moments(x: Tensor, groups: int) -> Tensor:
     return torch.stack([mean, var * x.shape[2]])
 
 
-class Rows(Operations):
+class CutByRows(Operations):
     """On this rank's rows. `resolutions` are those of a network, finest first; `at` is the one of the call under way.
 
     A forward begins with the whole tensor, at the resolution `start`, and ends with this rank's rows of the result.
@@ -201,7 +201,7 @@ class Rows(Operations):
         return lambda q, k, v: attend(q, k, v) if q.shape[2] else q  # a rank may have no rows
 
 
-def convolution(ops: Rows, layer: nn.Conv2d, x: Tensor) -> Tensor:
+def rows_of_conv(ops: CutByRows, layer: nn.Conv2d, x: Tensor) -> Tensor:
     """One of 1 x 1 is of each pixel by itself; one of stride 2 halves the size; the others begin a network."""
     if layer.kernel_size == (1, 1):
         if x.shape[2]:
@@ -214,11 +214,11 @@ def convolution(ops: Rows, layer: nn.Conv2d, x: Tensor) -> Tensor:
     return ops.here.conv_of_whole(layer, x)
 
 
-def norm(ops: Rows, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+def rows_of_norm(ops: CutByRows, layer: nn.GroupNorm, x: Tensor) -> Tensor:
     return ops.here.norm(layer, x)
 
 
-Rows.layers = {nn.Conv2d: convolution, nn.GroupNorm: norm}
+CutByRows.layers = {nn.Conv2d: rows_of_conv, nn.GroupNorm: rows_of_norm}
 
 
 def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -229,7 +229,7 @@ def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[
         cuts = [-(-cut // 2) for cut in cuts]  # so that a rank's rows and their halves belong together
         width = -(-width // 2)
         resolutions.append(Resolution(ranks, cuts, width))
-    copied = copy_of(unet, Rows(resolutions, start=0))
+    copied = copy_of(unet, CutByRows(resolutions, start=0))
     return lambda x, t, context: resolutions[0].gather(copied(x, t, context))
 
 
@@ -238,5 +238,5 @@ def rows_of_vae(vae: VAE, ranks: Ranks, height: int, width: int) -> Callable[[Te
     cuts = [i * height // len(ranks) for i in range(len(ranks) + 1)]
     factors = [2**i for i in reversed(range(len(vae.config.ch_mult)))]
     resolutions = [Resolution(ranks, [f * cut for cut in cuts], f * width) for f in factors]
-    copied = copy_of(vae, Rows(resolutions, start=len(resolutions) - 1))
+    copied = copy_of(vae, CutByRows(resolutions, start=len(resolutions) - 1))
     return lambda latent: resolutions[0].gather(copied.decode(latent))

@@ -64,7 +64,7 @@ CPU, CUDA = Rates(1e11, 1e9, 2e-4), Rates(2e14, 5e10, 4e-5)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SplitPlan:
     """A split, and why it was chosen."""
 
     split: Split
@@ -119,14 +119,14 @@ class ParallelSampler(SimpleSampler):
 
     # ---- the plan
 
-    def plan(self, prompt: Prompt | None = None, *, ranks: int | None = None, **options: Any) -> Plan:
+    def plan(self, prompt: Prompt | None = None, *, ranks: int | None = None, **options: Any) -> SplitPlan:
         """How this call would be split over the world, or so many `ranks`, and why; else the arguments of a call."""
         with torch.no_grad():
             return self.make_plan(self.request(prompt, **options), ranks)
 
-    def make_plan(self, request: Request, ranks: int | None = None) -> Plan:
+    def make_plan(self, request: Request, ranks: int | None = None) -> SplitPlan:
         f = self.model.vae.config.downsampling
-        return make_plan(
+        return plan_split(
             self.model.unet.config,
             ranks or world()[1],
             len(request.context),
@@ -162,7 +162,7 @@ class ParallelSampler(SimpleSampler):
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:
         """Of this rank's part of a request: its pictures, its half of guidance, its rows."""
-        assert isinstance(request, Part)
+        assert isinstance(request, Portion)
         split, place = request.split, request.split.place(world()[0])
         assert place is not None
         unet: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model.unet
@@ -272,13 +272,13 @@ def deal(count: int, hands: int) -> list[range]:
 
 
 @dataclass(frozen=True)
-class Part(Request):
+class Portion(Request):
     """What one rank draws of a request."""
 
     split: Split
 
 
-def part(request: Request, images: range, split: Split) -> Part:
+def part(request: Request, images: range, split: Split) -> Portion:
     """The same request, of some of its images."""
     cut = slice(images.start, images.stop)
     own = {
@@ -287,7 +287,7 @@ def part(request: Request, images: range, split: Split) -> Part:
         "seeds": request.seeds[cut],
         "latents": None if request.latents is None else request.latents[cut],
     }
-    return Part(**vars(request) | own, split=split)
+    return Portion(**vars(request) | own, split=split)
 
 
 def digest(*values: Any) -> str:
@@ -308,7 +308,7 @@ def digest(*values: Any) -> str:
 # ---- choosing
 
 
-def make_plan(
+def plan_split(
     unet: UNetConfig,
     ranks: int,
     images: int,
@@ -317,7 +317,7 @@ def make_plan(
     itemsize: int,
     rates: Rates,
     asked: Split | None = None,
-) -> Plan:
+) -> SplitPlan:
     """The fastest split that fits, or `asked`. Raises ValueError where that does not fit."""
     height, _ = latent
     halves = 2 if guidance else 1
@@ -355,7 +355,7 @@ def make_plan(
     best = asked or min(fits, key=lambda split: (round(times[split] / times[Split()], 3), split.rows, split.guidance))
     samples = -(-images // best.image) * (halves // best.guidance)
     received = int(samples * elements * (1 - 1 / best.rows) * itemsize)
-    return Plan(best, ranks, images, asked is not None, times, received, exchanges)
+    return SplitPlan(best, ranks, images, asked is not None, times, received, exchanges)
 
 
 def work_of(c: UNetConfig, height: int, width: int) -> tuple[float, float, int]:

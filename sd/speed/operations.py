@@ -95,22 +95,22 @@ class Fast(Operations):
 
 
 @torch.no_grad()
-def conv(ops: Fast, layer: nn.Conv2d, x: Tensor) -> Tensor:
+def fast_conv(ops: Fast, layer: nn.Conv2d, x: Tensor) -> Tensor:
     return nchw(ops.of(layer, prepared_conv)(nhwc(x)))
 
 
 @torch.no_grad()
-def norm(ops: Fast, layer: nn.GroupNorm, x: Tensor) -> Tensor:
+def fast_norm(ops: Fast, layer: nn.GroupNorm, x: Tensor) -> Tensor:
     return nchw(group_norm(nhwc(x), layer))
 
 
 @torch.no_grad()
-def linear(ops: Fast, layer: nn.Linear, x: Tensor) -> Tensor:
+def fast_linear(ops: Fast, layer: nn.Linear, x: Tensor) -> Tensor:
     return ops.of(layer, prepared_linear)(x)
 
 
 @torch.no_grad()
-def feed_forward(ops: Fast, block: FeedForward, x: Tensor) -> Tensor:
+def fast_feed_forward(ops: Fast, block: FeedForward, x: Tensor) -> Tensor:
     """GEGLU and the projection after it, for some tokens at a time."""
     up, gate, down = ops.of(block, prepared_feed_forward)
     tokens = x.reshape(-1, x.shape[-1])
@@ -120,7 +120,12 @@ def feed_forward(ops: Fast, block: FeedForward, x: Tensor) -> Tensor:
     return torch.cat(done).view(x.shape)
 
 
-Fast.layers = {nn.Conv2d: conv, nn.GroupNorm: norm, nn.Linear: linear, FeedForward: feed_forward}
+Fast.layers = {
+    nn.Conv2d: fast_conv,
+    nn.GroupNorm: fast_norm,
+    nn.Linear: fast_linear,
+    FeedForward: fast_feed_forward,
+}
 
 
 # ---- what is prepared of their weights

@@ -49,7 +49,7 @@ class Derived:
         self.kept = None
 
 
-def nothing() -> None:
+def no_bias() -> None:
     """The bias of a layer without one."""
 
 
@@ -61,7 +61,7 @@ class Linear:
     """
 
     def __init__(
-        self, weight: Callable[[], Tensor], *sources: Tensor, bias: Callable[[], Any] = nothing, pack: bool = True
+        self, weight: Callable[[], Tensor], *sources: Tensor, bias: Callable[[], Any] = no_bias, pack: bool = True
     ):
         self.weight, self.bias, self.pack = weight, bias, pack
         self.packed = Derived(self._pack, *sources)
@@ -88,7 +88,7 @@ class Conv:
         self,
         weight: Callable[[], Tensor],
         *sources: Tensor,
-        bias: Callable[[], Any] = nothing,
+        bias: Callable[[], Any] = no_bias,
         stride: int = 1,
         padding: int = 0,
         groups: int = 1,

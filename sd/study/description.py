@@ -35,7 +35,7 @@ ROWS = {  # the modules that are the lines of a table; between them they hold ev
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockFacts:
     """One module, for one picture (a batch of 1)."""
 
     name: str  # as in checkpoints; "" is the whole
@@ -55,12 +55,12 @@ class Description:
     height: int
     width: int
     dtype: str
-    parts: dict[str, list[Block]]
+    parts: dict[str, list[BlockFacts]]
 
-    def whole(self, part: str) -> Block:
+    def whole(self, part: str) -> BlockFacts:
         return self.parts[part][0]
 
-    def table(self, part: str) -> list[Block]:
+    def table(self, part: str) -> list[BlockFacts]:
         """The blocks of a part that hold each parameter once, in the order in which they are called."""
         rows = [b for b in self.parts[part] if re.fullmatch(ROWS[part], b.name)]
         return sorted(rows, key=lambda b: b.order)
@@ -90,7 +90,7 @@ class Description:
         return "\n".join(lines[1:])
 
 
-def _line(name: str, kind: str, shape: tuple[int, ...] | None, block: Block) -> str:
+def _line(name: str, kind: str, shape: tuple[int, ...] | None, block: BlockFacts) -> str:
     size = " x ".join(map(str, shape[1:])) if shape else ""
     numbers = f"{block.parameters:>13,} {block.flops / 1e9:>10.3f} GFLOP {block.bytes / 1e6:>9.2f} MB"
     return f"{name:26} {kind:38} {size:>16} {numbers}"
@@ -168,7 +168,9 @@ def _sizes(
     return found.name, found.size or 512, tuple(config_of(k, settings[p]) for k, p in kinds), dtype
 
 
-def _blocks(root: nn.Module, call: Callable[[], Any], dtype: torch.dtype, only: tuple[str, ...] = ()) -> list[Block]:
+def _blocks(
+    root: nn.Module, call: Callable[[], Any], dtype: torch.dtype, only: tuple[str, ...] = ()
+) -> list[BlockFacts]:
     """Call a model, and look at all of its modules that begin with one of `only`."""
     shapes: dict[nn.Module, tuple[int, ...]] = {}
     flops: dict[nn.Module, int] = {}
@@ -204,11 +206,13 @@ def _blocks(root: nn.Module, call: Callable[[], Any], dtype: torch.dtype, only: 
         if not name and module is not root:
             continue
         if not name:
-            blocks = [Block("", "", tuple(out.shape), count, counter.get_total_flops(), count * dtype.itemsize, -1)]
+            blocks = [
+                BlockFacts("", "", tuple(out.shape), count, counter.get_total_flops(), count * dtype.itemsize, -1)
+            ]
         elif count or module in shapes:
             inside = sum(flops.get(m, 0) for m in _outermost(module, flops))
             blocks.append(
-                Block(
+                BlockFacts(
                     name,
                     _kind(module),
                     shapes.get(module),

@@ -6,6 +6,7 @@ CompVis names are ours; the Hub's (those of diffusers) are made from them by one
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..text import TextConfig
-from ..unet import UNetConfig
+from ..unet import UNetConfig, topology
 from ..vae import VAEConfig
 
 Tensors = Mapping[str, Tensor]
@@ -64,31 +65,28 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in",
-        "middle_block.0": "mid_block.resnets.0",
-        "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
     last = len(config.channel_mult) - 1
-    n = 1
-    for level in range(last + 1):
-        for j in range(config.num_res_blocks):
-            table[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{j}"
-            table[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{j}"
-            n += 1
-        table[f"input_blocks.{n}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        n += 1
-    n = 0
-    for up, level in enumerate(range(last, -1, -1)):
-        attends = 2**level in config.attention_resolutions
-        for j in range(config.num_res_blocks + 1):
-            table[f"output_blocks.{n}.0"] = f"up_blocks.{up}.resnets.{j}"
-            if attends:
-                table[f"output_blocks.{n}.1"] = f"up_blocks.{up}.attentions.{j}"
-            n += 1
-        table[f"output_blocks.{n - 1}.{1 + attends}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
+    # What follows the block's name: the convolution in a layer that changes the resolution, and the list on the Hub.
+    kinds = {"res": ("", "resnets"), "transformer": ("", "attentions")}
+    kinds |= {"down": (".op", "downsamplers"), "up": (".conv", "upsamplers")}
+    seen: Counter[tuple[str, str]] = Counter()  # how many layers of a kind a Hub block has so far
+    inputs, (middle,), outputs = topology(config)
+    sides = [(f"input_blocks.{n}", parts, "down_blocks.{}") for n, parts in enumerate(inputs)]
+    sides += [("middle_block", middle, "mid_block")]
+    sides += [(f"output_blocks.{n}", parts, "up_blocks.{}") for n, parts in enumerate(outputs)]
+    for name, parts, hub in sides:
+        for j, part in enumerate(parts):
+            if part.kind == "conv":
+                table[f"{name}.{j}"] = "conv_in"
+                continue
+            inner, kind = kinds[part.kind]
+            place = hub.format(last - part.level if hub.startswith("up") else part.level)
+            end = ".conv" if inner else ""
+            table[f"{name}.{j}{inner}"] = f"{place}.{kind}.{seen[place, kind]}{end}"
+            seen[place, kind] += 1
     return table
 
 

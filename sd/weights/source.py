@@ -146,12 +146,12 @@ def describe_folder(
         texts = read_tokenizer(folder / "tokenizer")
     except ValueError as error:
         raise LoadError(f"{name} has a tokenizer that cannot be read ({error}): replace it.") from None
-    side = read_json(folder, name, "unet/config.json").get("sample_size") or 64
+    side = read_config_file(folder, name, "unet/config.json").get("sample_size") or 64
     side = side if type(side) is int else 64
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
     found = Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
     if (folder / "scheduler/scheduler_config.json").exists():
-        found.defaults = names.defaults_from_hub(read_json(folder, name, "scheduler/scheduler_config.json"))
+        found.defaults = names.defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"))
     return found
 
 
@@ -170,7 +170,7 @@ def rename(part: str, tensors: dict[str, Tensor], configs: Mapping[str, Any]) ->
     return names.from_hub(tensors, table, {n: t.shape for n, t in wanted.items()})
 
 
-def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
+def read_config_file(folder: Path, name: str, where: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / where).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -184,12 +184,12 @@ def read_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """The sizes of the three parts. Raises LoadError for what is no Stable Diffusion v1."""
     try:
         configs = {
-            "unet": names.unet_from_hub(read_json(folder, name, "unet/config.json")),
-            "vae": names.vae_from_hub(read_json(folder, name, "vae/config.json")),
-            "text": names.text_from_hub(read_json(folder, name, "text_encoder/config.json")),
+            "unet": names.unet_from_hub(read_config_file(folder, name, "unet/config.json")),
+            "vae": names.vae_from_hub(read_config_file(folder, name, "vae/config.json")),
+            "text": names.text_from_hub(read_config_file(folder, name, "text_encoder/config.json")),
         }
         if (folder / "scheduler/scheduler_config.json").exists():
-            names.check_schedule(read_json(folder, name, "scheduler/scheduler_config.json"))
+            names.check_schedule(read_config_file(folder, name, "scheduler/scheduler_config.json"))
         config_of(UNetConfig, configs["unet"])
         config_of(VAEConfig, configs["vae"])
         config_of(TextConfig, configs["text"])
