@@ -6,21 +6,37 @@ import copy
 import hashlib
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .scheduler import V1, NoiseSchedule
 from .text import TextEncoder
 from .unet import UNet
 from .vae import VAE
 from .weights.source import LoadError
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """How to draw with a model where a call does not say: what its files say of it, or else Stable Diffusion v1's."""
+
+    scheduler: str = "pndm"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int | None = None  # pixels; the size that the model was trained for
+    width: int | None = None
+    prediction_type: str = "epsilon"
+    schedule: NoiseSchedule = V1
+
+
 class StableDiffusion:
     """The three parts of a model. `device` and `dtype` are the UNet's, `name` and `hash` tell which weights."""
 
+    defaults = Defaults()
     is_fast = False  # of `sd.fast`: what the blocks compute is not what their parts say
 
     def __init__(

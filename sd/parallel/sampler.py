@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..attention import SpatialTransformer, replaced
 from ..model import StableDiffusion, refuse_fast
-from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
+from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
 from ..unet import Downsample, UNet, Upsample
 from .ranks import Ranks, Traffic, agree, connect, drawing, lost, waiting, watch, world
 from .rows import rows_of_unet, rows_of_vae
@@ -175,11 +175,12 @@ class ParallelSampler(SimpleSampler):
             return with_text(unet, request.context)
         if split.guidance == 1:
             return guided(unet, request.context, request.negative, request.guidance_scale)
-        context = (request.negative, request.context)[place.guidance]
+        context, half = ((request.negative, "uncond"), (request.context, "cond"))[place.guidance]
         pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)], self.traffic)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            own = unet(x, t, context)
+            with announced(half=half):
+                own = unet(x, t, context)
             away, towards = pair.gather(own, [own.shape] * 2)
             return guide(away, towards, request.guidance_scale)
 
@@ -278,6 +279,7 @@ def part(request: Request, images: range) -> Request:
     cut = slice(images.start, images.stop)
     return replace(
         request,
+        prompts=None if request.prompts is None else request.prompts[cut],
         context=request.context[cut],
         negative=None if request.negative is None else request.negative[cut],
         seeds=request.seeds[cut],
