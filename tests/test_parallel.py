@@ -161,5 +161,10 @@ def test_shares_differ_by_one_at_most():
     assert sum(map(len, deal(5, 8))) == 5
 
 
-def test_agreement_alone_is_no_question():
+def test_agreement_alone_is_no_question(monkeypatch):
+    """A world of one rank has nobody to ask, and no process group to ask in."""
+    asked = []
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda *args: asked.append(args))
     agree({"anything": 1})
+    assert asked == []
+    assert not torch.distributed.is_initialized()

@@ -10,7 +10,8 @@ import torch
 import sd
 from sd import study
 from sd.sampler import current_call
-from tests.layouts import draw
+from tests.layouts import draw, make_model
+from tests.worlds import in_world
 
 CAPTION = "a red star above a blue ring on a white background"
 
@@ -162,6 +163,54 @@ def test_instruments_on_the_model_act_in_every_sampler(tiny, kind):
     torch.testing.assert_close(
         sampler("a red star", num_inference_steps=3, output_type="latent"), wanted, atol=1e-3, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("kind", [sd.SimpleSampler, sd.LeanSampler, sd.ParallelSampler])
+def test_calls_are_announced(tiny, kind):
+    """By every sampler, here for two prompts with two pictures each; and by nobody between two steps."""
+    heard = []
+    call = {"num_images_per_prompt": 2, "num_inference_steps": 2, "scheduler": "ddim", "height": 48}
+    for scale in (7.5, 1.0):
+        with study.edit(tiny, {"middle_block": lambda out, at: heard.append(current_call())}):
+            for _ in kind(tiny).stream(["a red star", "st"], guidance_scale=scale, **call):
+                assert current_call() is None
+    assert [c.half for c in heard] == ["both"] * 2 + ["cond"] * 2
+    assert len({c.run for c in heard}) == 2
+    texts = ["a red star", "a red star", "st", "st"]
+    facts = [(texts, 4, (6, 8), i, t) for i, t in enumerate(sd.DDIM(2).timesteps)]
+    assert [(c.prompts, c.images, c.size, c.step, c.timestep) for c in heard] == 2 * facts
+
+
+def on_a_rank(rank, split):
+    """What a rank's instruments hear, and the maps that it has, of two pictures."""
+    model, heard = make_model(), []
+    sampler = sd.ParallelSampler(model, split)
+    edits = {"middle_block": lambda out, at: heard.append((current_call().half, len(out), at.cond, at.uncond))}
+    with study.attention_maps(model) as maps, study.edit(model, edits):
+        latents = draw(model, ["a red star", "st"], lambda _: sampler, num_inference_steps=1)
+    shown = [maps.word(text, image=i) for i, text in enumerate(maps.prompts)] if maps.layers else []
+    return latents.numpy(), maps.prompts, [m.numpy() for m in shown], heard
+
+
+@pytest.mark.parametrize(
+    ("ranks", "split"),
+    [(1, {"image": 1}), pytest.param(2, {"image": 2}, marks=pytest.mark.slow),
+     pytest.param(2, {"guidance": 2}, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_ranks_show_their_share(tiny, ranks, split):
+    """Whole pictures, or halves of guidance, as they are dealt out."""
+    with study.attention_maps(tiny) as wanted:
+        latents = draw(tiny, ["a red star", "st"], num_inference_steps=1)
+    maps = [wanted.word(text, image=i) for i, text in enumerate(wanted.prompts)]
+    for rank, (found, prompts, shown, heard) in enumerate(in_world(ranks, on_a_rank, split)):
+        torch.testing.assert_close(torch.from_numpy(found), latents, atol=1e-4, rtol=1e-4)
+        own = slice(rank, rank + 1) if split == {"image": 2} else slice(0, 2)
+        assert prompts == ["a red star", "st"][own]
+        if split == {"guidance": 2}:
+            assert {half for half, *_ in heard} == {("uncond", "cond")[rank]}
+            own = own if rank else slice(0, 0)
+        for one, other in zip(shown, maps[own], strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other, atol=1e-5, rtol=0)
 
 
 def test_instruments_may_end_in_any_order(tiny):

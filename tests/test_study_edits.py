@@ -11,6 +11,7 @@ import torch
 
 import sd
 from sd import study
+from sd.sampler import guided
 from tests.layouts import draw, make_model
 
 
@@ -65,6 +66,30 @@ def test_edit_by_name(tiny):
     assert [s for s, *_ in at_steps] == [0, 1, 2, 3]
     assert [t for _, t, *_ in at_steps] == list(sd.PNDM(3).timesteps)
     assert all(rest == [slice(1, 2), slice(0, 1)] for *_, rest in [(s, t, [c, u]) for s, t, c, u in at_steps])
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_edits_of_the_unet_itself(tiny, sampled):
+    """They belong to its call, as those of what is inside do."""
+    seen = []
+    names = ["middle_block.*.attn2.attend", "middle_block", "unet"]
+    edits = dict.fromkeys(names, lambda out, at: seen.append((at.step, at.timestep, at.cond, at.uncond)))
+    with study.edit(tiny, edits):
+        if sampled:
+            draw(tiny, num_inference_steps=2, scheduler="ddim")
+            wanted = [(i, t, slice(1, 2), slice(0, 1)) for i, t in enumerate(sd.DDIM(2).timesteps) for _ in names]
+        else:
+            tiny.unet(x=torch.randn(2, 4, 8, 8), t=torch.full((2,), 500.0), context=tiny.encode_prompt(["a", "st"]))
+            wanted = [(0, 500.0, slice(0, 2), slice(0, 0))] * 3
+    assert seen == wanted
+
+
+def test_a_denoiser_without_the_loop(tiny):
+    seen = []
+    context, negative = tiny.encode_prompt("a red star"), tiny.encode_prompt("")
+    with study.edit(tiny, {"unet": lambda out, at: seen.append((at.timestep, at.cond, at.uncond))}):
+        guided(tiny.unet, context, negative, 7.5)(torch.randn(1, 4, 8, 8), torch.tensor([500.0]))
+    assert seen == [(500.0, slice(1, 2), slice(0, 1))]
 
 
 def test_edit_every_part(tiny):

@@ -61,6 +61,21 @@ def test_trace(tiny, tmp_path):
         plain.picture(kind="noise_without")
 
 
+def test_what_others_call_between_two_steps_is_not_traced(tiny):
+    call = {"num_inference_steps": 2, "scheduler": "ddim"}
+    sampler = sd.SimpleSampler(tiny)
+    wanted = study.trace(sampler, "a red star", **call)
+
+    def busy(steps, total):
+        for step in steps:
+            sampler("st", num_inference_steps=1, output_type="latent")
+            yield step
+
+    got = study.trace(sampler, "a red star", progress=busy, **call)
+    assert torch.equal(got.noise_with, wanted.noise_with)
+    assert torch.equal(got.noise_without, wanted.noise_without)
+
+
 def test_rough_colours(shapes):
     """The matrix that is fitted gives about the colours that the VAE gives."""
     generator = torch.Generator().manual_seed(1)

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..sampler import Call
 from .around import Change, around_attention
-from .calls import Now, listen, model_of, rows_of
+from .calls import listen, model_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
     known = names(model, text=any(p.split(".")[0] == "text" for p in edits))
     ran = dict.fromkeys(edits, False)
 
-    def apply(pattern: str, name: str, inputs: tuple[Any, ...], out: Any, call: Call | None) -> Any:
+    def apply(pattern: str, name: str, inputs: tuple[Any, ...], out: Any) -> Any:
         ran[pattern] = True
         at = Here(name, known[name], inputs, -1, float("nan"), slice(None), slice(0, 0))
-        if call:
+        if call := now():
             cond, uncond = rows_of(call, len(out) if isinstance(out, Tensor) else 0)
             at = Here(name, known[name], inputs, call.step, call.timestep, cond, uncond)
         given = out.clone() if isinstance(out, Tensor) else out
@@ -99,14 +98,14 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
         # Not the caller's own tensor: some forwards go on in place, and would write into it.
         return result.to(out, copy=result is not given) if isinstance(out, Tensor) else result
 
-    def on_output(now: Now, pattern: str, name: str) -> Callable[..., Any]:
-        return lambda module, inputs, out: apply(pattern, name, inputs, out, now())
+    def on_output(pattern: str, name: str) -> Callable[..., Any]:
+        return lambda module, inputs, out: apply(pattern, name, inputs, out)
 
-    def on_probabilities(now: Now, pattern: str, name: str) -> Change:
-        return lambda probs, inputs: apply(pattern, name, inputs, probs, now())
+    def on_probabilities(pattern: str, name: str) -> Change:
+        return lambda probs, inputs: apply(pattern, name, inputs, probs)
 
     attends: dict[str, list[Change]] = {}
-    with listen(model) as now, ExitStack() as stack:
+    with ExitStack() as stack:
         for pattern in edits:
             stem, inside = pattern.removesuffix(".attend"), pattern.endswith(".attend")
             found = _matching(known, pattern)
@@ -116,11 +115,12 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
                 raise ValueError(f"No {'attention' if inside else 'module'} is called {stem!r}: {hint}.")
             for name, module in found.items():
                 if inside:
-                    attends.setdefault(name, []).append(on_probabilities(now, pattern, name))
+                    attends.setdefault(name, []).append(on_probabilities(pattern, name))
                 else:
-                    stack.callback(module.register_forward_hook(on_output(now, pattern, name)).remove)
+                    stack.callback(module.register_forward_hook(on_output(pattern, name)).remove)
         for name, changes in attends.items():
             stack.enter_context(around_attention(known[name], changes=changes))
+        now = stack.enter_context(listen(model))  # last: hooks on the UNet itself still belong to its call
         yield
     for pattern, did in ran.items():
         if not did:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..image import to_pil
+from ..sampler import Call, Step
 from ..vae import VAE
 from ..weights.checkpoint import read, write_safetensors
 from ..weights.unread import computes_in
-from .calls import model_of
+from .calls import listen, model_of, rows_of
 from .colours import latent_rgb, to_rgb
 
 TENSORS = ("timesteps", "x", "noise_without", "noise_with", "noise", "x0", "latents", "rgb")
@@ -100,29 +101,47 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
     model = model_of(sampler)
     request = sampler.request(prompt, **call)
     images = len(request.context)
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+    heard: list[tuple[Call, Tensor, Tensor]] = []  # what the UNet was given in a step, and what it answered
     kinds: dict[str, list[Tensor]] = {kind: [] for kind in TENSORS[1:6]}
 
     def note(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        inputs.append((args[0] if args else kwargs["x"])[:images].cpu().clone())
-        outputs.append(out.cpu().clone())
+        if made := now():
+            heard.append((made, (args[0] if args else kwargs["x"]).cpu().clone(), out.cpu().clone()))
+
+    def steps() -> Iterator[Step]:
+        running = sampler.run(request)
+        while True:
+            heard.clear()  # of what others call between two steps
+            step = next(running, None)
+            if step is None:
+                return
+            keep(step)
+            yield step
+
+    def keep(step: Step) -> None:
+        halves: tuple[list[Tensor], list[Tensor]] = [], []  # the prompt's, the negative prompt's
+        for made, _, out in heard:
+            for half, rows in zip(halves, rows_of(made, len(out)), strict=True):
+                half.append(out[rows])
+        told, away = (torch.cat(half) if half else torch.empty(0) for half in halves)
+        if [len(told), len(away)] != [images, 0 if request.negative is None else images]:
+            raise ValueError("This sampler's UNet sees only a part of the pictures: trace a SimpleSampler.")
+        tensors = {
+            "x": heard[0][1][:images],
+            "noise": step.noise.cpu(),
+            "x0": step.denoised.cpu(),
+            "noise_with": told,
+        }
+        if request.negative is not None:
+            tensors["noise_without"] = away
+        for kind, tensor in tensors.items():
+            kinds[kind].append(tensor.clone())
 
     handle = model.unet.register_forward_hook(note, with_kwargs=True)
     try:
-        steps = sampler.run(request)
-        for step in progress(steps, total=len(request.scheduler.timesteps)) if progress else steps:
-            out = torch.cat(outputs)  # both halves of guidance, from one call or from two, the negative one first
-            if len(out) != (images if request.negative is None else 2 * images):
-                raise ValueError("This sampler's UNet sees only a part of the pictures: trace a SimpleSampler.")
-            now = {"x": inputs[0], "noise": step.noise.cpu(), "x0": step.denoised.cpu(), "noise_with": out[-images:]}
-            if request.negative is not None:
-                now["noise_without"] = out[:images]
-            for kind, tensor in now.items():
-                kinds[kind].append(tensor.clone())
-            inputs.clear()
-            outputs.clear()
-            latents = step.latents.cpu().clone()
+        with listen(model) as now:  # after the hook, which still belongs to the call
+            for step in progress(steps(), total=len(request.scheduler.timesteps)) if progress else steps():
+                latents = step.latents.cpu().clone()
     finally:
         handle.remove()
     scheduler = request.scheduler
