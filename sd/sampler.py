@@ -2,6 +2,8 @@
 
 The order of operations is that of diffusers' StableDiffusionPipeline, so that the pictures are the same to
 the last bit. Variants (lean, parallel) hand the same loop another denoiser, and decode in another way.
+
+Whoever calls the UNet here says what the call is for (`Call`), so that instruments need not guess it.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +29,45 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the n
 Prompt = str | list[str] | Tensor
 
 MAX_SIDE = 8192  # pixels; far beyond what the v1 models draw well
+
+
+RUNS = count(1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the UNet is for. Whoever knows a fact announces it; what nobody announced has its default."""
+
+    run: int = field(default_factory=RUNS.__next__)  # which drawing; each has a number of its own
+    prompts: list[str] | None = None  # one text an image; None where embeddings were given
+    images: int = 0
+    size: tuple[int, int] = (0, 0)  # height and width of the latents
+    step: int = 0
+    timestep: float = math.nan
+    half: str = "cond"  # of guidance: "cond" (the prompt), "uncond" (the negative prompt), "both" (that one first)
+
+
+# One a thread, and one a task of asyncio: samplers that draw side by side do not hear each other.
+_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+
+
+def current_call() -> Call | None:
+    """The call of the UNet that is under way in this thread; None where no sampler makes one."""
+    return _CALL.get()
+
+
+@contextmanager
+def announced(**facts: Any) -> Iterator[None]:
+    """Within the block, calls of the UNet are for this: fields of `Call`, beside those that are announced already.
+
+    The block must not yield to other code, which may make calls of its own.
+    """
+    call = _CALL.get()
+    token = _CALL.set(Call(**facts) if call is None else replace(call, **facts))
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
 
 
 class NotFiniteError(ValueError):
@@ -44,7 +87,12 @@ class Step:
 
 def with_text(unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor) -> Denoiser:
     """The UNet, told what to draw: context (B, 77, C)."""
-    return lambda x, t: unet(x, t, context)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        with announced(half="cond"):
+            return unet(x, t, context)
+
+    return denoiser
 
 
 def guide(away: Tensor, towards: Tensor, scale: float) -> Tensor:
@@ -62,7 +110,8 @@ def guided(
     both = torch.cat([negative, context])
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        with announced(half="both"):
+            away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return guide(away, towards, scale)
 
     return denoiser
@@ -75,10 +124,12 @@ def denoise(
 
     `draw` gives fresh unit noise like x; it is called once a step, where the scheduler's eta is above 0.
     """
+    run, images, size = next(RUNS), len(x), (x.shape[-2], x.shape[-1])
     state = scheduler.init_state()
     for i, timestep in enumerate(scheduler.timesteps):
         t = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
-        noise = denoiser(scheduler.scale_input(i, x), t)
+        with announced(run=run, images=images, size=size, step=i, timestep=timestep):
+            noise = denoiser(scheduler.scale_input(i, x), t)
         denoised = scheduler.denoised(i, noise, x)
         x, state = scheduler.step(i, noise, x, state, variance_noise=draw() if scheduler.eta and draw else None)
         yield Step(i, timestep, x, noise, denoised)
@@ -86,8 +137,9 @@ def denoise(
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of a call, checked."""
+    """The arguments of a call, checked. B images: those of the first prompt, then those of the next."""
 
+    prompts: list[str] | None  # one text an image; None where embeddings were given
     context: Tensor  # (B, 77, C)
     negative: Tensor | None  # (B, 77, C), or None where there is no guidance
     guidance_scale: float
@@ -111,9 +163,9 @@ class SimpleSampler:
 
         prompt                a text, a list of texts, or their embeddings (P, 77, C)
         negative_prompt       what to stay away from; one for all prompts, or one for each
-        num_inference_steps   1 to 1000; 50 if not given
-        guidance_scale        7.5; at 1 or less there is no guidance, and half the work
-        height, width         in pixels, multiples of 8; the size the model was trained for if not given
+        num_inference_steps   1 to 1000
+        guidance_scale        at 1 or less there is no guidance, and half the work
+        height, width         in pixels, multiples of 8
         num_images_per_prompt 1
         seed                  0; image i starts from the noise of seed + i
         scheduler             "pndm", "ddim" or "lms", or a scheduler of sd.scheduler
@@ -121,6 +173,9 @@ class SimpleSampler:
         latents               (B, 4, h, w) unit noise to start from in place of the seed's
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
         prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
+
+        Steps, guidance, size and scheduler are those of `model.defaults` where they are not given: for Stable
+        Diffusion v1, 50 steps of "pndm" at a guidance of 7.5, and the size that the model was trained for.
 
         Raises ValueError, in one sentence, for what is out of range; NotFiniteError where a stage yields NaN.
         """
@@ -151,7 +206,7 @@ class SimpleSampler:
             while True:
                 # Entered for each step, not around the loop: the caller's code runs between two steps.
                 self.model.check_file()
-                with torch.no_grad():
+                with torch.no_grad(), announced(prompts=request.prompts):
                     step = next(steps, None)
                     if step is None:
                         return
@@ -163,21 +218,25 @@ class SimpleSampler:
         prompt: Prompt | None = None,
         *,
         negative_prompt: Prompt = "",
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
         seed: int = 0,
-        scheduler: str | Scheduler = "pndm",
+        scheduler: str | Scheduler | None = None,
         eta: float = 0.0,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> Request:
         """Check the arguments of a call, and encode its texts."""
+        usual = self.model.defaults
+        scheduler = usual.scheduler if scheduler is None else scheduler
+        guidance_scale = usual.guidance_scale if guidance_scale is None else guidance_scale
         if isinstance(scheduler, str):
-            scheduler = make_scheduler(scheduler, num_inference_steps, eta)
+            steps = usual.num_inference_steps if num_inference_steps is None else num_inference_steps
+            scheduler = make_scheduler(scheduler, steps, eta, schedule=usual.schedule)
         if not is_number(guidance_scale) or not 0 <= guidance_scale <= 100:
             raise ValueError(f"guidance_scale must be a number from 0 to 100 (7.5 is usual), not {guidance_scale!r}.")
         if not is_whole(num_images_per_prompt) or not 1 <= num_images_per_prompt <= 1000:
@@ -188,9 +247,9 @@ class SimpleSampler:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}.")
         height, width = self._size(height, width, latents)
 
-        texts = prompt if prompt_embeds is None else prompt_embeds
+        given = prompt if prompt_embeds is None else prompt_embeds
         negatives = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
-        context = self._encode(texts, "prompt", None)
+        context = self._encode(given, "prompt", None)
         negative = self._encode(negatives, "negative_prompt", len(context)) if guidance_scale > 1 else None
         context = context.repeat_interleave(num_images_per_prompt, dim=0)
         if negative is not None:
@@ -201,8 +260,11 @@ class SimpleSampler:
                     f"latents are for {len(latents)} images, but {len(context)} are asked for: give one each."
                 )
             latents = latents.to(device=context.device, dtype=context.dtype)
+        texts = None
+        if not isinstance(given, Tensor):
+            texts = [text for text in prompt_list(given) for _ in range(num_images_per_prompt)]
         seeds = [seed + i for i in range(len(context))]
-        return Request(context, negative, guidance_scale, height, width, seeds, scheduler, latents)
+        return Request(texts, context, negative, guidance_scale, height, width, seeds, scheduler, latents)
 
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         f, channels = self.model.vae.config.downsampling, self.model.unet.config.in_channels
@@ -216,8 +278,9 @@ class SimpleSampler:
             if (height or own[0], width or own[1]) != own:
                 raise ValueError(f"latents are for {own[1]} x {own[0]} pixels, not {width} x {height}.")
             height, width = own
-        height = self.model.size if height is None else height
-        width = self.model.size if width is None else width
+        usual = self.model.defaults
+        height = usual.height or self.model.size if height is None else height
+        width = usual.width or self.model.size if width is None else width
         for name, side in (("height", height), ("width", width)):
             if not is_whole(side) or side % f or not f <= side <= MAX_SIDE:
                 raise ValueError(f"{name} must be a multiple of {f} from {f} to {MAX_SIDE} pixels, not {side!r}.")
@@ -233,10 +296,10 @@ class SimpleSampler:
                 )
             context = prompt.to(device=self.model.device, dtype=self.model.dtype)
         else:
-            texts = [prompt] if isinstance(prompt, str) else prompt
-            if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(p, str) for p in texts):
+            texts = prompt_list(prompt)
+            if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r}.")
-            context = self.encode_prompt(list(texts))
+            context = self.encode_prompt(texts)
         if count is not None and len(context) != count:
             if len(context) != 1:
                 raise ValueError(f"{name} has {len(context)} entries for {count} prompts: give one, or one each.")
@@ -295,6 +358,13 @@ def finite(x: Tensor, stage: str, remedy: str) -> None:
             f"The {stage} returned NaN or infinity in {str(x.dtype).removeprefix('torch.')}: "
             f"try {remedy}; if it stays, the weights are damaged."
         )
+
+
+def prompt_list(prompt: Any) -> list[str]:
+    """The texts of a prompt; none where it is something else."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return list(prompt) if isinstance(prompt, (list, tuple)) else []
 
 
 def is_whole(x: object) -> bool:

@@ -5,6 +5,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+import sd
 from tests.layouts import make_model
 
 
@@ -12,3 +13,9 @@ from tests.layouts import make_model
 def tiny():
     """A small model with random weights; leave it as it is."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """The built-in model; leave it as it is."""
+    return sd.load("shapes")

@@ -153,3 +153,7 @@ def write_full_size(folder: Path, hub: bool = False) -> tuple[Path, Path]:
     if hub:
         write_hub(folder / "hub", model)
     return folder / "full.safetensors", folder / "hub"
+
+
+def draw(model, prompt="a red star", sampler=sd.SimpleSampler, **call):
+    return sampler(model)(prompt, **{"num_inference_steps": 3, "output_type": "latent", **call})

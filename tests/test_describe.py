@@ -90,7 +90,7 @@ def test_command(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--config", "{}"], "JSON|give a source"),
+        (["--config", "{}"], "does not exist|give a source"),
         (["--revision", "main"], "give a source"),
         (["--hub-variant", "fp16"], "give a source"),
         (["--depth", "2"], "--tree"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention import BasicTransformerBlock
 from ..model import StableDiffusion
 from ..operations import copy_of
-from ..sampler import Denoiser, Prompt, Request, SimpleSampler, finished, guide
+from ..sampler import Denoiser, Prompt, Request, SimpleSampler, announced, finished, guide
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
 from ..weights.unread import computes_in
@@ -99,11 +99,16 @@ class LeanSampler(SimpleSampler):
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             with self.stage("UNet", plan):
                 if request.negative is None:
-                    return unet(x, t, slice(0, 1))
+                    with announced(half="cond"):
+                        return unet(x, t, slice(0, 1))
                 if plan.halves:
-                    away, towards = unet(x, t, slice(0, 1)), unet(x, t, slice(1, 2))
+                    with announced(half="uncond"):
+                        away = unet(x, t, slice(0, 1))
+                    with announced(half="cond"):
+                        towards = unet(x, t, slice(1, 2))
                 else:
-                    away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
+                    with announced(half="both"):
+                        away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
                 return guide(away, towards, request.guidance_scale)
 
         try:

@@ -186,8 +186,9 @@ class Streamed(Operations):
         self.known: dict[nn.Module, Callable[[], Tensor]] = {}
 
     def norm_silu_conv(self, layers: NormSiLUConvolution, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y = layers.conv(F.silu(layers.norm(x), inplace=True))
-        return y if add is None else y.add_(add)
+        if add is None:  # the last of the UNet, which is small
+            return layers(x)
+        return layers.conv(F.silu(layers.norm(x), inplace=True)).add_(add)
 
 
 def streamed_linear(ops: Streamed, layer: nn.Linear, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import StableDiffusion
-from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, finished, guide, guided, with_text
+from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
 from ..unet import UNetConfig, topology
 from ..weights.unread import computes_in, read
 from .pulse import drawing, waiting, watch
@@ -174,11 +174,12 @@ class ParallelSampler(SimpleSampler):
         elif split.guidance == 1:
             yield guided(unet, request.context, request.negative, request.guidance_scale)
         else:
-            context = (request.negative, request.context)[place.guidance]
+            context, half = ((request.negative, "uncond"), (request.context, "cond"))[place.guidance]
             pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)], self.traffic)
 
             def denoiser(x: Tensor, t: Tensor) -> Tensor:
-                own = unet(x, t, context)
+                with announced(half=half):
+                    own = unet(x, t, context)
                 away, towards = pair.gather(own, [own.shape] * 2)
                 return guide(away, towards, request.guidance_scale)
 
@@ -282,6 +283,7 @@ def part(request: Request, images: range, split: Split) -> Portion:
     """The same request, of some of its images."""
     cut = slice(images.start, images.stop)
     own = {
+        "prompts": None if request.prompts is None else request.prompts[cut],
         "context": request.context[cut],
         "negative": None if request.negative is None else request.negative[cut],
         "seeds": request.seeds[cut],

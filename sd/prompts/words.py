@@ -10,7 +10,7 @@ def token_ids(text: TextEncoder, prompt: str) -> list[int]:
     return text.tokenizer(prompt, truncation=True, max_length=text.config.max_position_embeddings).input_ids
 
 
-def words(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
+def words_of(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
     """The words of a prompt in order, each with the positions of its tokens: [("a", [1]), ("red", [2]), ...]."""
     result: list[tuple[str, list[int]]] = []
     word: list[int] = []

@@ -7,7 +7,7 @@ the same and so is the picture. After DAAM (Tang et al. 2022, arXiv:2210.04885),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from math import ceil
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..operations import Attention
-from ..prompts.words import find_word, words
-from .calls import Calls, model_of
+from ..model import StableDiffusion
+from ..prompts.words import find_word, words_of
+from ..sampler import Call
+from .around import Look, around_attention, attentions
+from .calls import listen, model_of, rows_of
 
 Index = int | Iterable[int] | None  # one, several, or all
 SCORES = 1 << 22  # probabilities that are computed at once: 16 MB in float32
@@ -32,10 +34,13 @@ class AttentionMaps:
     prompts     one text a picture; to be set by hand where embeddings were passed to the sampler
     """
 
-    def __init__(self, calls: Calls, heads: bool, steps: bool, side: int, half: str, cells: int | None = None):
-        self._calls, self._heads, self._steps, self._side, self._half = calls, heads, steps, side, half
+    def __init__(
+        self, model: StableDiffusion, heads: bool, steps: bool, side: int, half: str, cells: int | None = None
+    ):
+        self.prompts: list[str] | None = None
+        self._model, self._heads, self._steps, self._side, self._half = model, heads, steps, side, half
         self._cells = cells
-        self._run = 0
+        self._run, self._size = 0, (0, 0)  # of the call of the UNet that was recorded last
         # layer -> step (0 where steps are not kept) -> (images, heads or 1, queries, keys), and how many were added
         self._sums: dict[str, dict[int, Tensor]] = {}
         self._counts: dict[str, dict[int, int]] = {}
@@ -47,14 +52,6 @@ class AttentionMaps:
     def layers(self) -> list[str]:
         return list(self._sums)
 
-    @property
-    def prompts(self) -> list[str] | None:
-        return self._calls.prompts
-
-    @prompts.setter
-    def prompts(self, texts: list[str]) -> None:
-        self._calls.prompts = list(texts)
-
     def grid(self, layer: str) -> tuple[int, int]:
         """Height and width of a layer's own map."""
         self._select(layer, "")
@@ -62,7 +59,7 @@ class AttentionMaps:
 
     def words(self, image: int = 0) -> list[tuple[str, list[int]]]:
         """The words of a picture's prompt in order, each with the positions of its tokens."""
-        return words(self._calls.model.text, self._prompt(image))
+        return words_of(self._model.text, self._prompt(image))
 
     def probabilities(self, layer: str, *, head: Index = None, step: Index = None) -> Tensor:
         """(images, queries, keys): the mean over the heads and steps chosen, of one layer by its full name.
@@ -110,7 +107,7 @@ class AttentionMaps:
 
         Raises ValueError where the prompt has no such word, or what was asked for was not recorded.
         """
-        found = find_word(self._calls.model.text, self._prompt(image), word, occurrence)
+        found = find_word(self._model.text, self._prompt(image), word, occurrence)
         return self.tokens(found, image=image, layer=layer, head=head, step=step, size=size)
 
     def tokens(
@@ -175,27 +172,28 @@ class AttentionMaps:
         return chosen
 
     def _enlarge(self, values: Tensor, layer: str, size: tuple[int, int] | None) -> Tensor:
-        f = self._calls.model.vae.config.downsampling
-        size = size or (f * self._calls.size[0], f * self._calls.size[1])
+        f = self._model.vae.config.downsampling
+        size = size or (f * self._size[0], f * self._size[1])
         return F.interpolate(values.view(1, 1, *self._grids[layer]), size, mode="bilinear")[0, 0]
 
     # ---- writing
 
-    def _record(self, layer: str, q: Tensor, k: Tensor) -> None:
-        """Add one call's probabilities. q (B, heads, T, D), k (B, heads, S, D)."""
-        calls, cross = self._calls, layer.endswith("attn2")
-        if self._run != calls.run:
-            self._run, self._sums, self._counts, self._grids = calls.run, {}, {}, {}
-        if not calls.shared(len(q)):  # else they are those of either half
-            rows = calls.cond(len(q)) if self._half == "cond" else calls.uncond(len(q))
-            q, k = q[rows], k[rows]
+    def record(self, layer: str, call: Call, q: Tensor, k: Tensor) -> None:
+        """Add the probabilities of one layer in one call of the UNet. q (B, heads, T, D), k (B, heads, S, D)."""
+        cross = layer.endswith("attn2")
+        if self._run != call.run:
+            self._sums, self._counts, self._grids = {}, {}, {}
+            self._run, self._size, self.prompts = call.run, call.size, call.prompts
+        cond, uncond = rows_of(call, len(q))
+        rows = cond if self._half == "cond" else uncond
+        q, k = q[rows], k[rows]
         if not len(q):
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
-        h, w = grid_of(q.shape[2], *calls.size)
+        h, w = grid_of(q.shape[2], *call.size)
         side = self._side if not cross else self._cells or max(h, w)
         cells, grid = cells_of(h, w, side, q.device)
-        step = calls.step if self._steps else 0
+        step = call.step if self._steps else 0
         sums = self._sums.setdefault(layer, {})
         shape = (
             len(q),
@@ -259,58 +257,6 @@ def _indices(index: int | Iterable[int]) -> list[int]:
     return [index] if isinstance(index, int) else list(index)
 
 
-Look = Callable[[Tensor, Tensor], None]  # q (B, heads, T, D), k (B, heads, S, D)
-Change = Callable[[Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]  # probabilities (B, heads, T, S); q, k, v
-
-
-class Around:
-    """An attention with instruments around it: `looks` see what goes in, `changes` act on the probabilities.
-
-    All instruments on a module share one, so that each acts whatever the others do, and in whatever order they came.
-    """
-
-    def __init__(self, inner: Attention, looks: tuple[Look, ...] = (), changes: tuple[Change, ...] = ()):
-        self.inner, self.looks, self.changes = inner, looks, changes
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for look in self.looks:
-            look(q, k)  # first: some attentions write their result over q
-        if not self.changes:
-            return self.inner(q, k, v)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        probs = changed = torch.softmax(q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5, dim=-1)
-        for change in self.changes:
-            changed = change(changed, (q, k, v))
-        return self.inner(q, k, v) if changed is probs else (changed @ v.to(dtype)).to(q.dtype)
-
-
-@contextmanager
-def around_attention(module: Any, *, look: Look | None = None, changes: Iterable[Change] = ()) -> Iterator[None]:
-    """Within the block, instruments are around an attention, whatever computes it at the time of each call."""
-    inner: list[Attention] = []
-
-    def before(m: Any, args: Any) -> None:
-        inner.append(m.attend)
-        around = m.attend if isinstance(m.attend, Around) else Around(m.attend)
-        looks = around.looks + ((look,) if look else ())
-        m.attend = Around(around.inner, looks, (*around.changes, *changes))
-
-    def after(m: Any, args: Any, out: Any) -> None:
-        if inner:
-            m.attend = inner.pop()
-
-    # The first to go in is the last to come out; and it comes out after an exception, too.
-    handles = [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, prepend=True, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @contextmanager
 def attention_maps(
     model: Any,
@@ -331,8 +277,9 @@ def attention_maps(
     half             of guidance: "cond", what the prompt does, or "uncond", what the negative prompt does
     cells            cross-attention, too, on a grid of at most so many cells along an edge; else on the layer's own
 
-    Pictures are the same to the last bit. The maps are those of the sampler's last call. Float32, or float64 where
-    the model is. Raises ValueError for other arguments, or where a picture is cut into rows (`ParallelSampler`).
+    Pictures are the same to the last bit. The maps are those of the sampler's last call: they begin anew when a step
+    of another one comes, also of one that was begun before. Float32, or float64 where the model is. Raises ValueError
+    for other arguments, or where a picture is cut into rows (`ParallelSampler`).
     """
     model = model_of(model)
     if half not in ("cond", "uncond"):
@@ -342,23 +289,18 @@ def attention_maps(
         raise ValueError(f"self_attention must be True, False, or the side of a grid, not {self_attention!r}.")
     if cells is not None and cells < 1:
         raise ValueError(f"cells must be at least 1, not {cells}: it is the longer edge of a grid.")
-    calls = Calls(model)
-    maps = AttentionMaps(calls, heads, steps, side, half, cells)
+    maps = AttentionMaps(model, heads, steps, side, half, cells)
+    with listen(model) as now, ExitStack() as stack:
 
-    def recorder(name: str) -> Look:
-        def look(q: Tensor, k: Tensor) -> None:
-            with torch.no_grad():
-                maps._record(name, q.detach(), k.detach())
+        def recorder(name: str) -> Look:
+            def look(q: Tensor, k: Tensor) -> None:
+                if call := now():
+                    with torch.no_grad():
+                        maps.record(name, call, q.detach(), k.detach())
 
-        return look
+            return look
 
-    with calls.watch(), ExitStack() as stack:
         for name, module in attentions(model.unet):
             if side or name.endswith("attn2"):
                 stack.enter_context(around_attention(module, look=recorder(name)))
         yield maps
-
-
-def attentions(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules that attend, by name."""
-    return [(name, m) for name, m in module.named_modules() if hasattr(m, "attend")]

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from ..files import check_output, write_text
 from ..image import to_pil
 from ..prompts.words import token_ids
-from ..scheduler import V1, Scheduler
-from .calls import Calls, model_of
+from ..scheduler import Scheduler
+from .calls import Now, listen, model_of, rows_of
+from .colours import to_rgb
 from .description import describe
 from .maps import AttentionMaps, attention_maps
-from .study import Trace, to_rgb, trace
+from .traces import Trace, trace
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SIDE = 32  # maps and activations are averaged to at most this many cells along an edge
@@ -178,7 +179,9 @@ def _shown(count: int, stride: int) -> list[int]:
 def _schedule(sampler: Any, call: dict[str, Any]) -> dict[str, list[float]]:
     """How much of x_t is signal, and how much noise, at 101 of the 1000 timesteps."""
     scheduler = call.get("scheduler")
-    abar = (scheduler.schedule if isinstance(scheduler, Scheduler) else V1).alphas_cumprod.double()
+    abar = (
+        scheduler.schedule if isinstance(scheduler, Scheduler) else model_of(sampler).defaults.schedule
+    ).alphas_cumprod.double()
     t = torch.linspace(0, len(abar) - 1, 101).round().long()
     signal, noise = abar[t].sqrt().tolist(), (1 - abar[t]).sqrt().tolist()
     return {"t": t.tolist(), "signal": [round(x, 4) for x in signal], "noise": [round(x, 4) for x in noise]}
@@ -236,7 +239,6 @@ def _fit(h: int, w: int) -> tuple[int, int]:
 @contextmanager
 def _activations(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
     """Within the block, note what each block of the UNet returns for the prompt, and how long it takes."""
-    calls = Calls(model)
     found: dict[str, dict[str, Any]] = {}
     frames: dict[str, list[Tensor]] = {}
     chosen: dict[str, Tensor] = {}
@@ -251,9 +253,10 @@ def _activations(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
             torch.cuda.synchronize(model.device)
         return time.perf_counter()
 
-    def note(name: str, out: Tensor) -> None:
+    def note(heard: Now, name: str, out: Tensor) -> None:
         seconds.setdefault(name, []).append(now() - began.pop(name))
-        rows = out[calls.cond(len(out))]
+        call = heard()
+        rows = out[rows_of(call, len(out))[0]] if call else out
         if out.ndim != 4 or not len(rows):
             return
         values = rows[0].float()  # (C, h, w)
@@ -262,16 +265,13 @@ def _activations(model: Any) -> Iterator[dict[str, dict[str, Any]]]:
         shown = torch.cat([values.square().mean(0, keepdim=True).sqrt(), values[chosen[name]]])
         frames.setdefault(name, []).append(F.adaptive_avg_pool2d(shown, _fit(*shown.shape[1:])).cpu())
 
-    handles = []
-    for name, block in blocks.items():
-        handles.append(block.register_forward_pre_hook(lambda m, a, name=name: began.update({name: now()})))
-        handles.append(block.register_forward_hook(lambda m, a, out, name=name: note(name, out)))
-    try:
-        with calls.watch():
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with listen(model) as heard, ExitStack() as stack:
+        for name, block in blocks.items():
+            before = block.register_forward_pre_hook(lambda m, a, name=name: began.update({name: now()}))
+            after = block.register_forward_hook(lambda m, a, out, name=name: note(heard, name, out))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield found
     for name, times in seconds.items():
         found[name] = {"ms": round(1000 * sorted(times)[len(times) // 2], 3)}
     for name, kept in frames.items():
