@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .weights.checkpoint import CheckpointError
     from .weights.source import LoadError, info
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     **dict.fromkeys(["chunked_attention", "use_attention"], "attention"),

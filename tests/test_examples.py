@@ -41,6 +41,15 @@ def test_steps(tmp_path):
 
 
 @pytest.mark.slow
+def test_beside_diffusers(monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import beside_diffusers
+
+    assert beside_diffusers.main() == 0
+
+
+@pytest.mark.slow
 def test_evaluate_prints_shares(tmp_path):
     script = ROOT / "examples" / "shapes" / "evaluate.py"
     out = run(script, "--count", 4, "--steps", 2, "--guidance", 4, "--sheet", "s.png", "--all", cwd=tmp_path).stdout
