@@ -206,7 +206,7 @@ def test_without_arguments_it_says_how(capsys):
 def test_it_draws_and_says_where(drawn):
     folder, done = drawn
     assert done.stdout.startswith("star.png  128 x 128, seed 3")
-    assert "5/5" in done.stderr  # the bar: PNDM makes one call more than steps
+    assert "4/4" in done.stderr  # the bar
     with Image.open(folder / "star.png") as image:
         assert image.size == (128, 128)
     assert [p.name for p in folder.iterdir()] == ["star.png"]  # and leaves nothing else
@@ -220,16 +220,16 @@ def test_the_png_says_how_it_was_drawn(drawn):
     assert second == "Negative prompt: black"
     fields = dict(field.split(": ") for field in third.split(", "))
     assert fields["Steps"] == "4"
-    assert fields["Sampler"] == "PLMS"
-    assert fields["CFG scale"] == "7.5"
+    assert fields["Sampler"] == "DDIM"
+    assert fields["CFG scale"] == "4.0"
     assert fields["Seed"] == "3"
     assert fields["Size"] == "128x128"
     assert fields["Model"] == "shapes"
     assert len(fields["Model hash"]) == 10
     settings = json.loads(text["sd"])
     assert settings["num_inference_steps"] == 4
-    # What was left to the model is there as it was used, and what no picture needs is not.
-    assert (settings["guidance_scale"], settings["scheduler"], settings["height"]) == (7.5, "pndm", 128)
+    # What was left to the model (what it draws best with) is there as it was used, and what no picture needs is not.
+    assert (settings["guidance_scale"], settings["scheduler"], settings["height"]) == (4.0, "ddim", 128)
     assert settings["dtype"] == "float32"
     assert not settings.keys() & {"output", "force", "variant", "device"}
 

@@ -100,7 +100,9 @@ for name, source, options in json.loads(sys.argv[1]):
         else:
             digest = hashlib.sha256()
             if name == "load":
-                unet = sd.load(source, **options).unet.state_dict()
+                model = sd.load(source, **options)
+                model.text.texts  # looked for now
+                unet = model.unet.state_dict()
             else:  # all that concerns the Hub, without the seconds in which transformers is imported
                 found = find(source, **options)
                 unet = found.parts["unet"]
