@@ -45,6 +45,7 @@ class Call:
     step: int = 0
     timestep: float = math.nan
     half: str = "cond"  # of guidance: "cond" (the prompt), "uncond" (the negative prompt), "both" (that one first)
+    whole: bool = True  # False: a picture that is cut by rows, of which this rank has some
 
 
 # One a thread, and one a task of asyncio: samplers that draw side by side do not hear each other.

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operations import Attention, NormSiLUConvolution, Operations, copy_of
+from ..sampler import announced
 from ..unet import UNet
 from ..vae import VAE
 from .ranks import Ranks
@@ -230,7 +231,12 @@ def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[
         width = -(-width // 2)
         resolutions.append(Resolution(ranks, cuts, width))
     copied = copy_of(unet, CutByRows(resolutions, start=0))
-    return lambda x, t, context: resolutions[0].gather(copied(x, t, context))
+
+    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with announced(whole=False):
+            return resolutions[0].gather(copied(x, t, context))
+
+    return call
 
 
 def rows_of_vae(vae: VAE, ranks: Ranks, height: int, width: int) -> Callable[[Tensor], Tensor]:

@@ -180,6 +180,11 @@ class AttentionMaps:
 
     def record(self, layer: str, call: Call, q: Tensor, k: Tensor) -> None:
         """Add the probabilities of one layer in one call of the UNet. q (B, heads, T, D), k (B, heads, S, D)."""
+        if not call.whole:
+            raise ValueError(
+                "Here the picture is cut by rows, and a rank sees the attention of its own rows alone: "
+                "split by image or by guidance to see maps."
+            )
         cross = layer.endswith("attn2")
         if self._run != call.run:
             self._sums, self._counts, self._grids = {}, {}, {}
@@ -241,7 +246,7 @@ def grid_of(positions: int, h: int, w: int) -> tuple[int, int]:
     while h * w > positions:
         h, w = ceil(h / 2), ceil(w / 2)
     if h * w != positions:
-        raise ValueError(f"An attention over {positions} positions is of no picture of this size: cut into rows?")
+        raise ValueError(f"An attention over {positions} positions is of no picture of {h} x {w} latents.")
     return h, w
 
 

@@ -1,0 +1,137 @@
+"""The table of docs/ways.md: what it says of a feature in a way to run is what happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sd
+from sd import study
+from tests.layouts import make_model
+from tests.worlds import in_world
+
+TABLE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (Path(__file__).parents[1] / "docs/ways.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("|") and "---" not in line
+]
+WAYS = TABLE[0][1:]
+CELLS = {
+    (row[0], way): cell
+    for row in TABLE[1:]
+    if len(row) == len(TABLE[0])
+    for way, cell in zip(WAYS, row[1:], strict=True)
+}
+CALL = {"num_inference_steps": 2, "output_type": "latent"}
+
+
+def sampler_of(way, model):
+    if way == "simple":
+        return sd.SimpleSampler(model)
+    if way == "fast":
+        return sd.SimpleSampler(sd.fast(model))
+    if way == "lean":
+        return sd.LeanSampler(model)
+    return sd.ParallelSampler(model, {{"images": "image"}.get(name := way.rsplit(" ", 1)[1], name): 2})
+
+
+def texts(way, model):
+    sampler, prompts = sampler_of(way, model), ["a star", "a ring"]
+    one = sampler(prompts, negative_prompt="red", **CALL)
+    context, negative = model.encode_prompt(prompts), model.encode_prompt(["red"])
+    torch.testing.assert_close(one, sampler(context, negative_prompt_embeds=negative, **CALL), atol=1e-3, rtol=1e-3)
+
+
+def solvers(way, model):
+    for name in ("pndm", "ddim", "lms"):
+        assert torch.isfinite(sampler_of(way, model)(["a star", "a ring"], scheduler=name, **CALL)).all()
+
+
+def stream(way, model):
+    steps = list(sampler_of(way, model).stream(["a star", "a ring"], num_inference_steps=2, scheduler="ddim"))
+    assert [step.index for step in steps] == [0, 1]
+
+
+def fast_model(way, model):
+    latents = sampler_of(way, sd.fast(model))(["a star", "a ring"], **CALL)
+    wanted = sd.SimpleSampler(model)(["a star", "a ring"], **CALL)
+    torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+
+
+def edit(way, model):
+    sampler, rows = sampler_of(way, model), []
+    with study.edit(sampler, {"middle_block": lambda out, at: rows.append(len(out)) or 0.5 * out}):
+        changed = sampler(["a star", "a ring"], **CALL)
+    assert rows
+    assert not torch.equal(changed, sampler(["a star", "a ring"], **CALL))
+
+
+def maps(way, model):
+    sampler = sampler_of(way, model)
+    half = "uncond" if way == "parallel by guidance" and torch.distributed.get_rank() == 0 else "cond"
+    with study.attention_maps(sampler, half=half) as seen:
+        sampler(["a star", "a ring"], **CALL)
+    assert seen.tokens([1]).shape == (64, 64)
+
+
+def gradients(way, model):
+    latents = sampler_of(way, model)(["a star", "a ring"], **CALL)
+    assert not latents.requires_grad
+
+
+FEATURES = {
+    "prompts, negative prompts, embeddings": texts,
+    "PNDM, DDIM, LMS": solvers,
+    "`stream`, step by step": stream,
+    "a model that `sd.fast` made": fast_model,
+    "`sd.study.edit`": edit,
+    "`sd.study.attention_maps`": maps,
+    "gradients": gradients,
+}
+ONE_PROCESS = ["simple", "fast", "lean"]
+
+
+def tried(way, feature, dtype=torch.float32):
+    """What came of it: the message of a ValueError, or nothing."""
+    try:
+        FEATURES[feature](way, make_model(dtype=dtype))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check(way, feature, message):
+    refused = CELLS[feature, way].startswith("Refused")
+    assert bool(message) == refused, f"{feature}, {way}: {CELLS[feature, way]!r}, and what happened: {message!r}"
+
+
+def test_the_table_is_whole():
+    assert [*ONE_PROCESS, "parallel by images", "parallel by guidance", "parallel by rows"] == WAYS
+    assert {feature for feature, _ in CELLS} >= set(FEATURES)
+    assert not any("not tested" in cell or not cell for cell in CELLS.values())
+
+
+@pytest.mark.parametrize("way", ONE_PROCESS)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_in_one_process(feature, way):
+    check(way, feature, tried(way, feature))
+
+
+def every_feature(rank, way):
+    return {feature: tried(way, feature) for feature in FEATURES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["parallel by images", "parallel by guidance", "parallel by rows"])
+def test_over_ranks(way):
+    for found in in_world(2, every_feature, way):
+        for feature, message in found.items():
+            check(way, feature, message)
+
+
+@pytest.mark.parametrize("way", ONE_PROCESS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(way, dtype):
+    assert tried(way, "`stream`, step by step", dtype) == ""
