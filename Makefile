@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT := a red star above a blue ring on a white background
 
-.PHONY: demo test fast lint format wheel clean
+.PHONY: demo test fast lint format api wheel clean
 
 demo: .venv/ready
 	$(BIN)/artist "$(PROMPT)" -o demo.png --force
@@ -23,6 +23,9 @@ lint: .venv/ready-test
 format: .venv/ready-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+api: .venv/ready
+	$(BIN)/python docs/make_api.py
 
 wheel: .venv/ready
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

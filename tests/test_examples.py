@@ -34,6 +34,25 @@ def test_readme(tmp_path, monkeypatch):
     assert Image.open("star.png").size == (128, 128)
 
 
+def test_extending(monkeypatch):
+    monkeypatch.setattr("sd.scheduler.SCHEDULERS", dict(sd.scheduler.SCHEDULERS))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {"__name__": "extending"}
+    for block in blocks:
+        exec(block, names)
+    latents = sd.SimpleSampler(names["relative"])("a", scheduler="half", num_inference_steps=2, output_type="latent")
+    assert latents.shape == (1, 4, 8, 8)
+    assert names["ops"].convolutions > 10
+
+
+def test_the_reference_is_made_from_the_docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_api
+
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == make_api.reference()
+
+
 @pytest.mark.slow
 def test_steps(tmp_path):
     run(ROOT / "examples" / "steps.py", "a red star", "s.png", cwd=tmp_path)
