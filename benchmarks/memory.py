@@ -57,7 +57,7 @@ def times():
 SIMPLE = "import sd; s = sd.SimpleSampler(sd.load(sys.argv[1])); stage[0] = 'text'; go(s); report(times())"
 LEAN = """
 import sd
-s = sd.LeanSampler(sd.load(sys.argv[1], lazy=True), sys.argv[3]); stage[0] = 'text'
+s = sd.LeanSampler(sd.load(sys.argv[1]), sys.argv[3]); stage[0] = 'text'
 request = go(s); plan = s.make_plan(request)
 report(times(), predicted=plan.peaks, plan=str(plan))
 """

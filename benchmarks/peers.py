@@ -51,7 +51,7 @@ def ours(task: str, peer: str, how: dict[str, Any]) -> Callable[..., Tensor]:
     import sd
 
     if peer == "float64":  # the reference of every error; only the part that is used
-        model = sd.load(how["file"], lazy=True)
+        model = sd.load(how["file"])
         part = model.unet if task == "unet" else model.vae
         part.to(how["device"], torch.float64)
         call = part if task == "unet" else model.vae.decode
@@ -62,7 +62,7 @@ def ours(task: str, peer: str, how: dict[str, Any]) -> Callable[..., Tensor]:
 
         large_pages()
         keep()
-    model = sd.load(how["file"], device=how["device"], dtype=how["dtype"], lazy=not plain)
+    model = sd.load(how["file"], device=how["device"], dtype=how["dtype"])
     if not plain:
         from sd.speed.fast_model import fast
 

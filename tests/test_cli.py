@@ -221,7 +221,7 @@ def test_the_png_says_how_it_was_drawn(drawn):
     fields = dict(field.split(": ") for field in third.split(", "))
     assert fields["Steps"] == "4"
     assert fields["Sampler"] == "DDIM"
-    assert fields["CFG scale"] == "4.0"
+    assert fields["CFG scale"] == "7.5"
     assert fields["Seed"] == "3"
     assert fields["Size"] == "128x128"
     assert fields["Model"] == "shapes"
@@ -229,7 +229,7 @@ def test_the_png_says_how_it_was_drawn(drawn):
     settings = json.loads(text["sd"])
     assert settings["num_inference_steps"] == 4
     # What was left to the model (what it draws best with) is there as it was used, and what no picture needs is not.
-    assert (settings["guidance_scale"], settings["scheduler"], settings["height"]) == (4.0, "ddim", 128)
+    assert (settings["guidance_scale"], settings["scheduler"], settings["height"]) == (7.5, "ddim", 128)
     assert settings["dtype"] == "float32"
     assert not settings.keys() & {"output", "force", "variant", "device"}
 
