@@ -28,7 +28,7 @@ def test_the_defaults_are_those_of_v1(tiny):
 
 def test_the_built_in_model_draws_best_with_what_it_names():
     defaults = sd.load("shapes").defaults
-    assert (defaults.scheduler, defaults.num_inference_steps, defaults.guidance_scale) == ("ddim", 30, 4.0)
+    assert (defaults.scheduler, defaults.num_inference_steps, defaults.guidance_scale) == ("ddim", 30, 7.5)
 
 
 @pytest.mark.parametrize(
