@@ -52,7 +52,7 @@ def pixels(images):
     ("scheduler", "options"),
     [
         ("pndm", {"num_inference_steps": 7, "negative_prompt": "blur"}),
-        ("pndm", {"num_inference_steps": 50}),
+        pytest.param("pndm", {"num_inference_steps": 50}, marks=pytest.mark.slow),
         ("pndm", {"num_inference_steps": 4, "guidance_scale": 1.0}),
         ("ddim", {"num_inference_steps": 6, "guidance_scale": 4.0, "negative_prompt": "a green cross"}),
         ("ddim", {"num_inference_steps": 6, "eta": 0.7}),

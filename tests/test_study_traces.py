@@ -89,6 +89,7 @@ def test_rough_colours(shapes):
     torch.testing.assert_close(v1[:, 0], torch.tensor([0.149, 0.0935, -0.079, -0.092, 0.5]))
 
 
+@pytest.mark.slow
 def test_the_shape_word_lies_on_the_shape(shapes):
     """A few of what examples/lab/attention.py measures over 200 captions."""
     import attention as lab
