@@ -137,6 +137,25 @@ def test_layers_in_pieces_are_the_layers(tiny):
             assert (unet(x, t, context) - wanted).abs().max() < 1e-10
 
 
+def test_one_token_is_not_added_to_the_bias(tiny):
+    layer = tiny.unet.middle_block[1].transformer_blocks[0].ff
+    x, before = torch.randn(1, 1, layer.net[2].out_features), layer.net[2].bias.clone()
+    copied = copy_of(layer, Streamed(Weights(torch.float32)))
+    for _ in range(2):
+        torch.testing.assert_close(copied(x), layer(x))
+    assert torch.equal(layer.net[2].bias, before)
+
+
+@pytest.mark.parametrize("name", ["*.attn2.to_k", "*.emb_layers", "*.emb_layers.1"])
+def test_edits_act_once_on_what_is_computed_beforehand(tiny, name):
+    edits = {name: lambda out, at: torch.cat([out[at.uncond], 0.5 * out[at.cond]])}
+    with sd.study.edit(tiny, edits):
+        wanted = sd.SimpleSampler(tiny)("a", **CALL, output_type="latent")
+        found = sd.LeanSampler(tiny)("a", **CALL, output_type="latent")
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - sd.SimpleSampler(tiny)("a", **CALL, output_type="latent")).abs().max() > 1e-3
+
+
 def test_what_is_kept_stays_within_its_budget(source):
     unet = sd.load(source, lazy=True).unet
     weights = Weights(torch.float32)

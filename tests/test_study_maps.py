@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -195,6 +196,15 @@ def test_maps_of_a_fast_model(tiny):
             torch.testing.assert_close(
                 maps.probabilities(layer), wanted.probabilities(layer), atol=1e-4, rtol=0, msg=layer
             )
+
+
+def test_an_edit_of_a_fast_model_does_not_outlive_its_block(tiny):
+    quick = sd.fast(tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with study.edit(quick, {"*.attn2.to_k": lambda out, at: 0 * out}):
+            draw(quick, num_inference_steps=1)
+    assert torch.equal(draw(quick, num_inference_steps=1), draw(sd.fast(tiny), num_inference_steps=1))
 
 
 def test_maps_in_pieces_and_cells(tiny, monkeypatch):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ from ..unet import ResBlock, UNet, timestep_embedding
 from ..weights.unread import computes_in
 from .bands import Bands
 from .plan import PROCESS, TEXT_PIECE, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
-from .stream import Streamed, Weights, weights_on
+from .stream import Streamed, Weights, streamed_linear, weights_on
 
 
 class LeanSampler(SimpleSampler):
@@ -124,8 +126,8 @@ class LeanSampler(SimpleSampler):
         trim()
         f = self.model.vae.config.downsampling
         job = self.job(f * latents.shape[2], f * latents.shape[3], len(latents), guidance=False, steps=1)
-        plan = choose_bands(least(job), self.available())
         device, dtype = computes_in(self.model.vae)  # may differ from the UNet's
+        plan = choose_bands(least(replace(job, itemsize=dtype.itemsize)), self.available())
         weights = Weights(dtype, device)
         latents = latents.to(weights.device, weights.dtype)
 
@@ -188,25 +190,33 @@ class LeanUNet:
         timesteps = torch.tensor(request.scheduler.timesteps, dtype=torch.float32, device=weights.device).unique()
         self.row = {t: i for i, t in enumerate(timesteps.tolist())}
         self.now, self.rows = 0, slice(0)  # of the call under way: its timestep, and its rows of the contexts
+
+        # Computed by the layers' function, not by calling them: hooks act in each step, on what the layer then gives.
+        def layer_of(layer: Any, x: Tensor) -> Tensor:
+            return streamed_linear(self.ops, layer, x)
+
+        first, _, last = self.unet.time_embed
         with torch.no_grad():
             texts = {
-                layer: torch.cat([layer(context) for context in contexts])  # (parts*B, 77, C)
+                layer: torch.cat([layer_of(layer, context) for context in contexts])  # (parts*B, 77, C)
                 for block in self.unet.modules()
                 if isinstance(block, BasicTransformerBlock)
                 for layer in (block.attn2.to_k, block.attn2.to_v)
             }
-            emb = self.unet.time_embed(timestep_embedding(timesteps, unet.config.model_channels).to(weights.dtype))
-            times = {self.unet.time_embed[2]: emb}  # (timesteps, C)
-            times |= {b.emb_layers[1]: b.emb_layers(emb) for b in self.unet.modules() if isinstance(b, ResBlock)}
+            wave = timestep_embedding(timesteps, unet.config.model_channels).to(weights.dtype)
+            emb = layer_of(last, F.silu(layer_of(first, wave)))
+            times = {first: wave, last: emb}  # (timesteps, C)
+            blocks = [block for block in self.unet.modules() if isinstance(block, ResBlock)]
+            times |= {b.emb_layers[1]: layer_of(b.emb_layers[1], F.silu(emb)) for b in blocks}
         self.ops.known = {layer: partial(self.of_text, kv) for layer, kv in texts.items()}
         self.ops.known |= {layer: partial(self.of_time, table) for layer, table in times.items()}
-        self.ops.known[self.unet.time_embed[0]] = partial(self.of_time, emb)  # which nobody looks at
 
     def of_text(self, kv: Tensor) -> Tensor:
         return kv[self.rows]
 
     def of_time(self, table: Tensor) -> Tensor:
-        return table[self.now : self.now + 1]
+        """A row for each image of the call, as the textbook has it."""
+        return table[self.now].expand(self.rows.stop - self.rows.start, -1)
 
     def __call__(self, x: Tensor, t: Tensor, parts: slice) -> Tensor:
         """parts: which of the contexts x stands for."""

@@ -250,7 +250,9 @@ def streamed_feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tenso
     cut = 1 if weights.ready(proj) and weights.ready(last) else -(-3 * inner * width // weights.size)
     step = -(-inner // cut)
     flat = x.flatten(0, -2)  # (B*T, C)
-    out = bias.expand(flat.shape).contiguous()
+    out = bias.repeat(
+        len(flat), 1
+    )  # written into below, so never the bias itself, as `expand` gives it for one token
     tokens = max(64, weights.size // (4 * step))
     for a in range(0, inner, step):
         b = min(a + step, inner)

@@ -145,8 +145,9 @@ def one_by_one(layer: nn.Conv2d, pack: bool) -> Linear:
 
 
 def keys_and_values(to_k: nn.Linear, pack: bool, to_v: nn.Linear) -> Derived:
-    """Those of a text."""
-    return Derived(lambda text: (to_k(text.context), to_v(text.context)), to_k.weight, to_v.weight)
+    """Those of a text, by the layers' weights alone: what a hook makes of one call must not be kept for the next."""
+    k, v = prepared_linear(to_k, pack), prepared_linear(to_v, pack)
+    return Derived(lambda text: (k(text.context), v(text.context)), to_k.weight, to_v.weight)
 
 
 def prepared_conv(layer: nn.Conv2d, pack: bool) -> Callable[..., Tensor]:

@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .around import Change, around_attention
-from .calls import listen, model_of, rows_of
+from .calls import Now, listen, model_of, rows_of
 
 
 @dataclass(frozen=True)
 class Here:
     """Where an edit stands: what a function given to `edit` is told.
 
-    Of what is computed outside a call of the UNet (the text encoder and the VAE, and the keys and values that
-    `LeanSampler` computes beforehand): step -1, timestep nan, cond all rows, uncond none, whatever the rows are told.
+    Of what is computed outside a call of the UNet (the text encoder and the VAE): step -1, timestep nan, cond all
+    rows, uncond none, whatever the rows are told.
     """
 
     name: str  # of the module
@@ -55,6 +55,10 @@ def names(model: Any, pattern: str = "*", *, vae: bool = True, text: bool = True
 def _matching(known: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
     stem, inside = pattern.removesuffix(".attend"), pattern.endswith(".attend")
     return {n: m for n, m in known.items() if fnmatchcase(n, stem) and (not inside or hasattr(m, "attend"))}
+
+
+def nobody() -> None:
+    """No call is under way."""
 
 
 @contextmanager
@@ -105,6 +109,7 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
         return lambda probs, inputs: apply(pattern, name, inputs, probs)
 
     attends: dict[str, list[Change]] = {}
+    now: Now = nobody  # until the listener is there: another thread may be drawing
     with ExitStack() as stack:
         for pattern in edits:
             stem, inside = pattern.removesuffix(".attend"), pattern.endswith(".attend")
