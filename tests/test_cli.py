@@ -285,7 +285,7 @@ def refused(args, capsys, *words):
         (["--width", 0], "width must be a multiple of 8"),
         (["--width", 80000], "width"),
         (["--eta", 2, "--scheduler", "ddim"], "eta"),
-        (["--eta", 0.5], "ddim"),
+        (["--eta", 0.5, "--scheduler", "plms"], "ddim"),
         (["--scheduler", "euler"], "pndm"),
         (["--count", 0], "--count"),
         (["--seed", -1], "seed"),
