@@ -27,7 +27,7 @@ from .weights.checkpoint import write_safetensors
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
 from .weights.tokenizer import clip_texts, read_tokenizer
-from .weights.unread import leave, stored
+from .weights.unread import leave_in_file, tensors_of
 
 
 def load(
@@ -125,8 +125,8 @@ def build(
     vae.load_state_dict(found.parts["vae"], strict=True, assign=True)
     goal: dict[str, Any] = {}
     if devices and dtypes:
-        leave(unet, devices["unet"], dtypes["unet"])
-        leave(vae, devices["vae"], dtypes["vae"])
+        leave_in_file(unet, devices["unet"], dtypes["unet"])
+        leave_in_file(vae, devices["vae"], dtypes["vae"])
         goal = {"device": devices["text"], "dtype": dtypes["text"]}
     try:
         encoder = TextEncoder(text, found.parts["text"], texts, found.known_words, **goal)
@@ -259,7 +259,7 @@ def save(
     tensors: dict[str, torch.Tensor] = {}
     types: dict[str, torch.dtype] = {}
     for part, module in (("unet", model.unet), ("vae", model.vae)):
-        for name, tensor, own in stored(module):  # as it lies in the file, and converted when it is its turn
+        for name, tensor, own in tensors_of(module):  # as it lies in the file, and converted when it is its turn
             tensors[names.PREFIXES[part] + name], types[names.PREFIXES[part] + name] = tensor, dtype or own
     for name, tensor in model.text.stored().items():
         tensors[names.PREFIXES["text"] + name] = tensor

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd.cli import draw, main
-from sd.cli.drawing import Drawing, drawing_of
+from sd.cli.settings import Drawing, drawing_of
 
 CAPTION = "a red star above a blue ring on a white background"
 

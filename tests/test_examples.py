@@ -37,7 +37,7 @@ def test_readme(tmp_path, monkeypatch):
 def test_extending(monkeypatch):
     monkeypatch.setattr("sd.scheduler.SCHEDULERS", dict(sd.scheduler.SCHEDULERS))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {"__name__": "extending"}
     for block in blocks:
         exec(block, names)

@@ -23,7 +23,7 @@ from sd.unet import ResBlock
 from sd.unet import Upsample as UNetUpsample
 from sd.vae import AttnBlock, ResnetBlock
 from sd.vae import Upsample as VAEUpsample
-from sd.weights.unread import read, target
+from sd.weights.unread import read_weights, target
 from tests.layouts import make_model
 
 fast_py = inspect.getmodule(sd.fast)  # sd.fast is the function
@@ -396,12 +396,12 @@ def test_the_builtin_model_draws_the_same_picture():
 
 
 def test_the_command_is_fast_unless_it_is_told_to_be_exact(tiny, capsys, monkeypatch):
-    from sd.cli import drawing, main
-    from sd.cli.drawing import Drawing, make_sampler
+    from sd.cli import main, settings
+    from sd.cli.settings import Drawing, make_sampler
 
     quickly, exactly = Drawing("a red star", device="cpu"), Drawing("a red star", device="cpu", exact=True)
     assert make_sampler(tiny, quickly).model is tiny  # too small to gain
-    monkeypatch.setattr(drawing, "LARGE", 1000)
+    monkeypatch.setattr(settings, "LARGE", 1000)
     assert make_sampler(tiny, exactly).model is tiny
     quick = make_sampler(tiny, quickly).model
     assert quick is not tiny
@@ -416,7 +416,7 @@ def test_a_lazy_model_is_prepared_from_the_file(dtype, wide, tmp_path):
     path = tmp_path / "model.safetensors"
     sd.save(wide, path, dtype)
     lazy, other = (sd.load(path, dtype=torch.float32) for _ in range(2))
-    read(other.unet), read(other.vae)
+    read_weights(other.unet), read_weights(other.vae)
     quick, loaded = sd.fast(lazy), sd.fast(other)
     assert (quick.dtype, quick.name) == (torch.float32, path.name)
     assert quick.hash == loaded.hash
@@ -493,7 +493,7 @@ def test_results_lie_in_memory_as_the_textbooks(wide):
 
 def test_the_command_keeps_memory_where_it_is_simple(monkeypatch):
     from sd import loader
-    from sd.cli.drawing import Drawing, load_model
+    from sd.cli.settings import Drawing, load_model
     from sd.speed import malloc
 
     seen = []

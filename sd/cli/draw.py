@@ -13,8 +13,8 @@ from .. import __version__
 from ..files import check_output
 from ..parallel import launch
 from . import compare, convert, describe, info, study
-from .drawing import Drawing, drawing_of, load_model, make_sampler, settings_used
 from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of, shares, whole
+from .settings import Drawing, drawing_of, load_model, make_sampler, settings_used
 
 if TYPE_CHECKING:
     from PIL.Image import Image

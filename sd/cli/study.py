@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from ..files import check_output
-from .drawing import drawing_of, load_model, make_sampler
 from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of
+from .settings import drawing_of, load_model, make_sampler
 
 SUMMARY = "draw, and write a page about the steps, words and blocks of the drawing"
 

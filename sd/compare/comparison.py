@@ -27,7 +27,7 @@ from ..scheduler import SCHEDULERS, make_scheduler
 from ..vae import VAE
 from ..weights.names import PARTS
 from ..weights.source import LoadError, Source, find, refuse_other_kinds
-from ..weights.unread import read
+from ..weights.unread import read_weights
 from . import reference
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
 from .reference import CompareError
@@ -117,8 +117,8 @@ def compare_with_diffusers(
     usual = BOUNDS.get(model.dtype, 1e-2)
     bound, lms_bound = (usual, max(usual, LMS_BOUND)) if bound is None else (bound, bound)
     version = reference.diffusers().__version__
-    read(model.unet)
-    read(model.vae)
+    read_weights(model.unet)
+    read_weights(model.vae)
     inputs = make_inputs(model, size)
     side = inputs.image.shape[-1]
     report = Report(

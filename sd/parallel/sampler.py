@@ -22,7 +22,7 @@ from torch import Tensor
 from ..model import StableDiffusion
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
 from ..unet import UNetConfig, topology
-from ..weights.unread import computes_in, read
+from ..weights.unread import computes_in, read_weights
 from .pulse import drawing, waiting, watch
 from .ranks import Ranks, Traffic, agree, connect, lost, world
 from .rows import rows_of_unet, rows_of_vae
@@ -109,8 +109,8 @@ class ParallelSampler(SimpleSampler):
 
     def __init__(self, model: StableDiffusion, split: Mapping[str, int] | None = None, timeout: float = 20.0):
         super().__init__(model)
-        read(model.unet)
-        read(model.vae)
+        read_weights(model.unet)
+        read_weights(model.vae)
         self.asked = None if split is None else split_of(split)
         self.timeout = timeout
         self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own

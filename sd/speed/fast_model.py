@@ -20,7 +20,7 @@ from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
 from ..unet import ResBlock, UNet
 from ..vae import VAE
-from ..weights.unread import computes_in, read
+from ..weights.unread import computes_in, read_weights
 from .malloc import keep
 from .operations import Fast
 from .packed import onednn
@@ -60,7 +60,7 @@ def fast_part(part: Part, compile: bool, extra_memory: bool) -> Part:
     device, dtype = computes_in(part)
     packs = extra_memory and device.type == "cpu" and onednn(torch.empty(0, dtype=dtype))
     if not packs:
-        read(part)
+        read_weights(part)
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         result = copy_of(part, Fast(extra_memory), own_hooks=True)
         if packs:

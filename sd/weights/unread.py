@@ -6,7 +6,7 @@ copy and pickling read it first: parameter by parameter is moved to where, and c
 in. Parameters stay the same objects, so an optimizer may hold them before. Once a part is read nothing is left of
 this: no hook, and the class that it had.
 
-`named_parameters()` reads nothing, nor does a copy of the part which shares its parameters: `read` does.
+`named_parameters()` reads nothing, nor does a copy of the part which shares its parameters: `read_weights` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -33,7 +32,6 @@ class _Unread:
         self.kind = type(part)
         self.lock = threading.RLock()  # two threads may call the part first
         self.done = False
-        self.paused = 0
         self.places = [
             (ref(module), name, parameter, parameter.data_ptr())
             for module in part.modules()
@@ -82,7 +80,7 @@ _UNREAD: WeakKeyDictionary[nn.Module, _Unread] = WeakKeyDictionary()
 def _read_first(module: nn.Module, *_: Any) -> None:
     """The hook: of a module that is the part's own. A copy that has the hook too is nobody's."""
     unread = _UNREAD.get(module)
-    if unread and not unread.paused:
+    if unread:
         unread.read()
 
 
@@ -111,7 +109,7 @@ class _Part(nn.Module):
     def settle(self) -> None:
         """Read the part, if this is one, and be of the plain class."""
         kind: Any = self.plain
-        read(self)
+        read_weights(self)
         self.__class__ = kind
 
     def __copy__(self) -> nn.Module:
@@ -147,7 +145,7 @@ def _unread_kind(kind: type[nn.Module]) -> type[nn.Module]:
     return _KINDS[kind]
 
 
-def leave(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def leave_in_file(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Leave the weights of `part` where they are, until it is to compute on `device` in `dtype`."""
     parameters = list(part.parameters())
     if all((p.device, p.dtype) == (device, dtype) for p in parameters):
@@ -158,7 +156,7 @@ def leave(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     part.__class__ = _unread_kind(type(part))
 
 
-def read(part: nn.Module) -> nn.Module:
+def read_weights(part: nn.Module) -> nn.Module:
     """The part, with its weights where and in what it computes."""
     if unread := _UNREAD.get(part):
         unread.read()
@@ -177,23 +175,9 @@ def computes_in(part: nn.Module) -> Target:
     return target(part) or (first.device, first.dtype)
 
 
-def stored(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+def tensors_of(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Of every parameter its name, the tensor as it is now, and the dtype that the part computes with it in."""
     unread = _UNREAD.get(part)
     for name, parameter in part.named_parameters():
         mapped = unread is not None and parameter.data_ptr() in unread.pointers
         yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
-
-
-@contextmanager
-def untouched(part: nn.Module) -> Iterator[None]:
-    """Within the block, calls of an unread part do not read it: somebody hands it its weights in another way."""
-    unread = _UNREAD.get(part)
-    if unread is None:
-        yield
-        return
-    unread.paused += 1
-    try:
-        yield
-    finally:
-        unread.paused -= 1
