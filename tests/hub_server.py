@@ -87,7 +87,7 @@ def serve(folders: dict[str, Path], **more: object) -> Iterator[tuple[str, type[
     kind = type("Served", (Hub,), own)
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     server.handle_error = lambda *_: None  # a client that hangs up is none of its business
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", kind
     finally:

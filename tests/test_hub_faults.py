@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sd.weights.hub import HubError, Repository, check_names, is_repository
 from sd.weights.source import LoadError, find
 from tests.hub_server import COMMIT, serve
 
-PATIENCE = 0.6
+PATIENCE = 0.4
 LONG = b"x" * 300_000
 
 
@@ -243,6 +244,34 @@ def test_a_header_that(hub, fault):
 def test_an_odd_header(hub, header):
     hub.faults["GET"] = answers(200, len(header).to_bytes(8, "little") + header)
     assert "could not be looked at" in said(lambda: Repository("a/b").headers(None))
+
+
+@pytest.mark.parametrize("fault", ["stalls", "is busy", "is forbidden", "is nonsense", "has no files"])
+def test_what_the_cache_has_is_used(hub, fault):
+    path = everything()
+    hub.faults["listing"] = LISTINGS[fault]
+    assert everything() == path
+    assert find_part(path) == LONG + b"unet"
+
+
+def find_part(path):
+    return (path / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_after_a_fault_the_rest_is_fetched(hub, monkeypatch):
+    hub.faults["GET"] = lambda hub: cut(hub) if "unet/diff" in hub.path else hub.answer()
+    said(everything)
+    hub.faults.clear()
+    hub.fetched.clear()
+    monkeypatch.setenv("SD_HUB_TIMEOUT", "10")  # the thread that was given up still has the file's lock for a second
+    assert find_part(everything()) == LONG + b"unet"
+    assert set(hub.fetched) == {"a/b/unet/diffusion_pytorch_model.safetensors"}  # the first try may still be at it
+
+
+def test_a_file_that_does_not_fit_on_the_disk(hub, monkeypatch):
+    monkeypatch.setattr("sd.weights.hub.free_space", lambda: 1000)
+    assert re.search(r"safetensors has 300,\d+ bytes, and there is room for 1,000", said(everything))
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
 
 
 # ---- patience

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..files import SmallFileError, parse_json, read_utf8
 from . import web
-from .hub_cache import COMMIT, files_size, folder_of, remember, snapshot, snapshot_in, snapshots_of
+from .hub_cache import COMMIT, files_size, folder_of, free_space, remember, snapshot, snapshot_in, snapshots_of
 from .layout import SMALL_FILES, HubError, check_links, local_files, local_weights, merged, shown, weight_files
 
 __all__ = ["CLIP", "HubError", "Repository", "cached_tokenizer", "check_links", "check_names", "clip_tokenizer",
@@ -79,7 +79,7 @@ class Repository:
     name      such as CompVis/stable-diffusion-v1-4
     files     the names of its files
     folder    where they are, or will be, in the cache of the Hub's client
-    offline   "the Hub cannot be reached (...)", or "" if it can
+    offline   "the Hub cannot be reached (...)", or "" if it can; and what to do about that as `remedy`
 
     Raises HubError: missing, private, no such revision, or out of reach and not in the cache.
     """
@@ -89,7 +89,7 @@ class Repository:
         if not is_repository(name):
             raise HubError(f"{shown(name)} is no name of a repository: expected one such as {CLIP}.")
         self.name, self.revision, self.token = name, revision, token
-        self.offline = self.reason = ""
+        self.offline = self.reason = self.remedy = ""
         try:
             self.commit, self.files = self._listing()
             self.folder = folder_of(name) / "snapshots" / self.commit
@@ -97,7 +97,14 @@ class Repository:
             raise
         except Exception as error:  # out of reach, of one of many kinds: then what the cache holds
             self.reason = web.reason_of(error)
+            self.remedy = "check the connection and try again later"
+            if self.reason == web.OFFLINE:
+                self.remedy = "unset HF_HUB_OFFLINE"
             what = "the Hub's answer cannot be used" if isinstance(error, ValueError) else "the Hub cannot be reached"
+            if refusal := web.refusal_of(error):
+                what = "the Hub failed"
+                if refusal.status == 403:
+                    self.remedy = "log in with `hf auth login`, pass token="
             self.offline = f"{what} ({self.reason})"
             self.folder = self._cached()
             self.commit, self.files = self.folder.name, local_files(self.folder)
@@ -129,7 +136,8 @@ class Repository:
         if "credentials" in message.lower():
             return f"The Hub does not accept the access token: log in again with `hf auth login` to use {self.name}."
         if refusal.status == 403:
-            return f"The Hub forbids access to {self.name}: log in with `hf auth login`, or pass token=."
+            forbidden = f"The Hub forbids access to {self.name}: log in with `hf auth login`, or pass token=."
+            return None if listing else forbidden  # the cache may have what is forbidden now
         if refusal.status == 404 and code != "RepoNotFound" and not listing:  # a file is missing
             return None
         return (
@@ -143,14 +151,13 @@ class Repository:
         known = snapshots_of(folder_of(self.name))
         if not known:
             raise HubError(
-                f"{self.name} is not in the cache and {self.offline}: connect, unset HF_HUB_OFFLINE, or give a local "
-                "file or folder.",
+                f"{self.name} is not in the cache and {self.offline}: {self.remedy}, or give a local file or folder.",
                 self.reason,
             )
         first = next(iter(known))
         raise HubError(
             f"{self.name} is in the cache only at revision {', '.join(known)}, not at {self.revision or 'main'}, and "
-            f'{self.offline}: ask for revision="{first}" (--revision {first}), or connect.',
+            f'{self.offline}: ask for revision="{first}" (--revision {first}), or {self.remedy}.',
             self.reason,
         )
 
@@ -207,7 +214,8 @@ class Repository:
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing and self.offline:
             raise HubError(
-                f"{self.name} in the cache lacks {missing[0]}, and {self.offline}: connect once to fetch it.",
+                f"{self.name} in the cache lacks {missing[0]}, and {self.offline}: {self.remedy}, so that it can be "
+                "fetched.",
                 self.reason,
             )
         progress = web.Progress(partial(files_size, self.name))
@@ -233,14 +241,16 @@ class Repository:
         url = hf_hub_url(self.name, name, revision=self.commit)
         about = web.patiently(partial(get_hf_file_metadata, url, token=self.token, timeout=web.seconds()))
         if about.commit_hash != self.commit:
-            raise ValueError(f"the Hub sends {name} of commit {shown(about.commit_hash)}, not of {self.commit}")
+            raise ValueError(f"the Hub has {name} of commit {shown(about.commit_hash)}, not of {self.commit}")
         if not isinstance(about.etag, str) or not _ETAG.fullmatch(about.etag):  # it could lead out of the cache
-            raise ValueError(f"the Hub sends {name} with an ETag that cannot be used, {shown(about.etag)}")
+            raise ValueError(f"the Hub has an ETag for {name} that cannot be used, {shown(about.etag)}")
         most = 2 * about.size + (1 << 24) if about.size else math.inf  # some protocols send more than the file has
         if name.endswith((".json", ".txt")):
             most = min(most, MOST)
             if (about.size or 0) > MOST:
                 raise ValueError(f"{name} has {about.size:,} bytes, and at most {MOST:,} are read of such a file")
+        if (about.size or 0) > (free := free_space()):
+            raise ValueError(f"{name} has {about.size:,} bytes, and there is room for {free:,} on the cache's disk")
         progress.tell(1)
         more: dict[str, Any] = {}
         if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # in newer versions

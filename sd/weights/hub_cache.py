@@ -9,7 +9,9 @@ models--CompVis--stable-diffusion-v1-4/
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import shutil
 from pathlib import Path
 
 from ..files import read_utf8, write_text
@@ -70,6 +72,16 @@ def files_size(repo: str) -> int:
         with contextlib.suppress(OSError):  # just renamed
             total += path.lstat().st_size
     return total
+
+
+def free_space() -> float:
+    """The bytes that the disk of the cache has left, as far as it tells."""
+    folder = folder_of("a/b").parent
+    there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return math.inf
 
 
 def snapshot_in(path: Path, revision: str | None) -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 from .layout import HubError, shown
 
 SECONDS, LONGEST = 30.0, 86_400.0
+OFFLINE = "HF_HUB_OFFLINE is set"
 BUSY = (408, 429, 500, 502, 503, 504)
 TOGETHER = 8  # files at a time
 CHUNK = 1 << 18  # bytes that the client waits for before it writes them; its own 10 MB take minutes on a slow line
@@ -147,6 +148,7 @@ def answers(calls: Sequence[Callable[[], Any]], progress: Progress | None = None
 
     threads = [threading.Thread(target=work, name=THREAD, daemon=True) for _ in range(min(TOGETHER, len(calls)))]
     done: dict[int, Any] = {}
+    stalled = False
     with quiet():
         try:
             for thread in threads:
@@ -160,6 +162,7 @@ def answers(calls: Sequence[Callable[[], Any]], progress: Progress | None = None
                         end = time.monotonic() + patience
                     if time.monotonic() > end:
                         what = "nothing more arrived" if progress else "there was no answer"
+                        stalled = True
                         raise Stalled(f"{what} within {patience:g} s, which is what SD_HUB_TIMEOUT allows") from None
                     continue
                 if error is not None:
@@ -171,7 +174,7 @@ def answers(calls: Sequence[Callable[[], Any]], progress: Progress | None = None
             over.set()
             if progress and len(done) < len(calls):
                 progress.over = True
-                for thread in threads:  # who still receives something tidies up after itself
+                for thread in [] if stalled else threads:  # who still receives something tidies up after itself
                     thread.join(0.3 / len(threads))
     return [done[number] for number in range(len(calls))]
 
@@ -188,7 +191,7 @@ def quiet() -> Iterator[None]:
     with _lock:
         if _calls == 0:
             _before = logger.level, getattr(constants, "DOWNLOAD_CHUNK_SIZE", None)
-            if logger.level > logging.DEBUG:
+            if logger.getEffectiveLevel() > logging.DEBUG:
                 logger.setLevel(logging.CRITICAL + 1)
             if _before[1]:
                 constants.DOWNLOAD_CHUNK_SIZE = min(CHUNK, _before[1])
@@ -287,9 +290,13 @@ def reason_of(error: BaseException) -> str:
         return str(refusal)
     kind, text = type(error).__name__, str(error)
     if kind == "OfflineModeIsEnabled":
-        return "HF_HUB_OFFLINE is set"
+        return OFFLINE
     if kind == "TooManyRedirects":
         return "its redirects lead in a circle"
+    if kind == "RemoteProtocolError" and "connect" in text:  # closed or disconnected
+        return "it broke the connection off"
+    if kind in ("RemoteProtocolError", "LocalProtocolError", "InvalidHeader"):
+        return f"it does not keep to HTTP: {brief(text)}"
     if "Timeout" in kind:
         return "it did not answer in time"
     if "Consistency check failed" in text:
