@@ -182,6 +182,15 @@ def test_a_listing_that(hub, fault):
     assert not hub.cache.exists()
 
 
+@pytest.mark.parametrize("fault", ["stalls", "is cut", "is endless", "goes in a circle", "is busy", "is nonsense"])
+def test_an_older_client_which_uses_requests(hub, fault, monkeypatch):
+    requests = pytest.importorskip("requests")
+    monkeypatch.setattr("huggingface_hub.utils.get_session", requests.Session)
+    assert len(Repository("a/b").files) == 6
+    hub.faults["listing"] = LISTINGS[fault]
+    assert "a/b is not in the cache" in said(everything)
+
+
 def test_a_listing_with_odd_names_of_other_files_is_used(hub):
     names = ["a\x1bb", "a\\..\\b", "x" * 1000, "unet/config.json", "wörld/a b.txt"]
     hub.faults["listing"] = answers(200, listing(siblings=[{"rfilename": name} for name in names]))
@@ -275,6 +284,15 @@ def test_after_a_fault_the_rest_is_fetched(hub, monkeypatch):
     monkeypatch.setenv("SD_HUB_TIMEOUT", "10")  # the thread that was given up still has the file's lock for a second
     assert find_part(everything()) == LONG + b"unet"
     assert set(hub.fetched) == {"a/b/unet/diffusion_pytorch_model.safetensors"}  # the first try may still be at it
+
+
+def test_what_was_deleted_from_the_cache_is_fetched_again(hub):
+    link = everything() / "unet/diffusion_pytorch_model.safetensors"
+    os.remove(os.path.realpath(link))
+    assert not link.exists()
+    hub.fetched.clear()
+    assert find_part(everything()) == LONG + b"unet"
+    assert hub.fetched == ["a/b/unet/diffusion_pytorch_model.safetensors"]
 
 
 def test_a_file_that_does_not_fit_on_the_disk(hub, monkeypatch):

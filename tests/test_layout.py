@@ -230,11 +230,17 @@ def test_links_to_files_that_are_gone(cache, where):
         assert "is fetched again" in message
 
 
+def test_a_variant_that_is_not_cached(cache):
+    message = said("a/tiny", variant="fp16")
+    assert "a/tiny in the cache has no weights" in message
+    assert "the Hub cannot be reached (HF_HUB_OFFLINE is set) to fetch more" in message
+
+
 def test_a_cache_without_the_weights(cache):
     for path in (cache / "snapshots").rglob("*.safetensors"):
         path.unlink()
     message = said("a/tiny")
-    assert f"a/tiny in the cache has no weights {U}.safetensors" in message
-    assert "the Hub cannot be reached (HF_HUB_OFFLINE is set) to fetch more" in message
+    assert f"a/tiny in the cache lacks {U}.safetensors, and the Hub cannot be reached (HF_HUB_OFFLINE is" in message
+    assert f"lacks {U}.fp16.safetensors" in said("a/tiny", variant="fp16")
     (cache / "snapshots" / COMMITS[0] / "unet/config.json").unlink()
     assert "a/tiny in the cache lacks unet/config.json, and the Hub cannot be reached" in said("a/tiny")

@@ -21,7 +21,19 @@ from torch import Tensor
 from ..files import SmallFileError, parse_json, read_utf8
 from . import web
 from .hub_cache import COMMIT, files_size, folder_of, free_space, remember, snapshot, snapshot_in, snapshots_of
-from .layout import SMALL_FILES, HubError, check_links, local_files, local_weights, merged, shown, weight_files
+from .layout import (
+    FOLDERS,
+    SMALL_FILES,
+    HubError,
+    check_links,
+    local_files,
+    local_weights,
+    merged,
+    shown,
+    usual,
+    variants_of,
+    weight_files,
+)
 
 __all__ = ["CLIP", "HubError", "Repository", "cached_tokenizer", "check_links", "check_names", "clip_tokenizer",
            "is_repository", "local_weights", "merged", "snapshot_in"]  # fmt: skip
@@ -169,6 +181,10 @@ class Repository:
     def all_files(self, variant: str | None) -> Path:
         """The folder, with all needed files. Nothing is fetched twice."""
         if self.offline:
+            there = [path.relative_to(self.folder).as_posix() for path in self.folder.glob("*/*")]
+            for part in FOLDERS:
+                if not any(variants_of(there, part)):
+                    self._fetch([usual(part, variant or "")])  # says that it is lacking
             try:
                 local_weights(self.folder, variant, f"{self.name} in the cache")
             except HubError as error:

@@ -79,9 +79,10 @@ def free_space() -> float:
     folder = folder_of("a/b").parent
     there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
     try:
-        return shutil.disk_usage(there).free
+        usage = shutil.disk_usage(there)
     except OSError:
         return math.inf
+    return usage.free if usage.total else math.inf  # a system that does not tell says 0
 
 
 def snapshot_in(path: Path, revision: str | None) -> Path:

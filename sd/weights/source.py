@@ -40,7 +40,7 @@ class Source:
     kind: str  # "CompVis file", "self-contained file", "Hub layout"
     parts: dict[str, dict[str, Tensor]]  # "unet", "vae", "text" -> CompVis name without prefix -> tensor
     unknown: list[str]
-    weights: Path  # the file, or that of the UNet
+    weights: Path  # the file, or that of the UNet; the first, if it has several
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # as far as the source tells
     tokenizer: dict[str, str] | None = None
     size: int | None = None

@@ -233,7 +233,7 @@ def read_url(url: str, token: Any, most: int, first: int | None = None) -> bytes
     if first is not None:
         headers["Range"] = f"bytes=0-{first - 1}"
     session = get_session()
-    if hasattr(session, "stream"):  # httpx
+    if callable(getattr(session, "stream", None)):  # httpx
         answered = session.stream("GET", url, headers=headers, timeout=seconds(), follow_redirects=True)
     else:  # requests, before version 1 of the client
         answered = session.get(url, headers=headers, timeout=seconds(), stream=True)
@@ -286,13 +286,13 @@ def reason_of(error: BaseException) -> str:
         return error.reason
     if isinstance(error, Stalled):
         return str(error)
-    if refusal := refusal_of(error):
-        return str(refusal)
     kind, text = type(error).__name__, str(error)
     if kind == "OfflineModeIsEnabled":
         return OFFLINE
     if kind == "TooManyRedirects":
         return "its redirects lead in a circle"
+    if refusal := refusal_of(error):
+        return str(refusal)
     if kind == "RemoteProtocolError" and "connect" in text:  # closed or disconnected
         return "it broke the connection off"
     if kind in ("RemoteProtocolError", "LocalProtocolError", "InvalidHeader"):
