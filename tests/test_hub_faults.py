@@ -242,6 +242,11 @@ def test_a_file_that(hub, fault):
     assert "a/b could not be downloaded" in said(everything)
     assert not [p for p in hub.cache.rglob("*") if p.is_symlink()]  # nothing that looks as if it had come
     assert not (hub.cache / "models--a--b/refs/main").exists()
+    if os.path.exists("/proc/self/fd"):
+        end = time.monotonic() + 2
+        while (partial := list(hub.cache.rglob("*.incomplete"))) and time.monotonic() < end:
+            time.sleep(0.02)  # a thread that was just beginning still tidies up
+        assert partial == []
 
 
 @pytest.mark.parametrize("fault", ["stalls", "is cut", "is endless", "is shorter", "is nonsense", "is deep"])
@@ -315,26 +320,26 @@ def test_the_hub_may_be_busy_for_a_moment(hub, monkeypatch):
 
     hub.faults["HEAD"] = once
     assert everything().name == COMMIT
-    assert len(busy) == 1
+    assert busy
 
 
-def test_a_slow_file_is_no_stalled_one(hub, folder):
-    """It takes three times as long as the Hub may be silent."""
+def test_a_slow_file_is_no_stalled_one(hub, folder, monkeypatch):
+    """It takes twice as long as the Hub may be silent."""
+    monkeypatch.setenv("SD_HUB_TIMEOUT", "1")
+    monkeypatch.setattr(web, "CHUNK", 12_500)
 
     def slow(hub):
         start(hub, Content_Length=str(len(LONG) + 4))
         data = (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes()
-        for i in range(0, len(data), 20_000):
-            hub.wfile.write(data[i : i + 20_000])
+        for i in range(0, len(data), 12_500):
+            hub.wfile.write(data[i : i + 12_500])
             hub.wfile.flush()
-            time.sleep(PATIENCE / 5)
+            time.sleep(0.1)
 
     hub.faults["GET"] = lambda hub: slow(hub) if "unet/diff" in hub.path else hub.answer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "CHUNK", 20_000)
-        before = time.monotonic()
-        assert (everything() / "unet/diffusion_pytorch_model.safetensors").stat().st_size == len(LONG) + 4
-    assert time.monotonic() - before > 2 * PATIENCE
+    before = time.monotonic()
+    assert find_part(everything()) == LONG + b"unet"
+    assert time.monotonic() - before > 2
 
 
 @pytest.mark.parametrize("fault", [stall, answers(429, Retry_After="100000")])

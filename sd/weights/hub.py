@@ -20,7 +20,17 @@ from torch import Tensor
 
 from ..files import SmallFileError, parse_json, read_utf8
 from . import web
-from .hub_cache import COMMIT, files_size, folder_of, free_space, remember, snapshot, snapshot_in, snapshots_of
+from .hub_cache import (
+    COMMIT,
+    drop_partial,
+    files_size,
+    folder_of,
+    free_space,
+    remember,
+    snapshot,
+    snapshot_in,
+    snapshots_of,
+)
 from .layout import (
     FOLDERS,
     SMALL_FILES,
@@ -236,7 +246,11 @@ class Repository:
             )
         progress = web.Progress(partial(files_size, self.name))
         try:
-            web.answers([partial(self._fetch_one, name, progress) for name in missing], progress)
+            try:
+                web.answers([partial(self._fetch_one, name, progress) for name in missing], progress)
+            except BaseException:  # Ctrl-C, too
+                drop_partial(self.name)
+                raise
             lost = next((name for name in missing if not (self.folder / name).is_file()), None)
             if lost:
                 raise ValueError(f"{lost} did not arrive")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from .layout import HubError
 from .web import client_constants
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.incomplete")  # older clients go on with theirs, which have other names
 _FOLDER = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 
 
@@ -72,6 +74,15 @@ def files_size(repo: str) -> int:
         with contextlib.suppress(OSError):  # just renamed
             total += path.lstat().st_size
     return total
+
+
+def drop_partial(repo: str) -> None:
+    """Remove the files that this process was still fetching: the client never goes on with them, nor removes them."""
+    for descriptor in Path("/proc/self/fd").glob("*"):  # where there is none, they stay
+        with contextlib.suppress(OSError):
+            path = Path(os.readlink(descriptor))
+            if path.parent == (folder_of(repo) / "blobs").resolve() and _PARTIAL.fullmatch(path.name):
+                path.unlink()
 
 
 def free_space() -> float:
