@@ -18,7 +18,7 @@ def parser() -> Parser:
 
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse(arguments)
-    from ..weights.source import format_info, info
+    from ..weights.contents import format_info, info
 
     print(format_info(info(**given)))
     return 0
