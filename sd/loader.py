@@ -47,7 +47,9 @@ def load(
                goes where the UNet is
     dtype      float32 on the CPU and float16 elsewhere, if not given; tensors that have it already stay
                memory-mapped, others are converted one by one when they are needed
-    revision, token, variant   of a Hub repository: branch, tag or commit; access; "fp16"
+    revision, token, variant   of a Hub repository: branch, tag or commit; access; "fp16". A part without the variant
+               is taken without it. The environment variable SD_HUB_TIMEOUT says for how many seconds the Hub may
+               be silent; 30 if it is not set
     tokenizer  a folder with vocab.json and merges.txt; if not given, the source's own, else CLIP's: from the Hub's
                cache, an installed open_clip or clip package, or the Hub
     config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}} or the path

@@ -2,90 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.hub_server import COMMIT, serve
 from tests.layouts import compvis_tensors, write_ckpt, write_hub, write_tokenizer
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLIP = "openai/clip-vit-large-patch14"
 WEIGHTS = [
     "text_encoder/model.safetensors",
     "unet/diffusion_pytorch_model.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
 ]
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The routes that the client asks. Gated files want the token "hf_right"."""
-
-    protocol_version = "HTTP/1.1"
-    folders: dict[str, Path]  # repository -> its files
-    fetched: list[str]  # repository/file, for each whole file that was sent
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def refuse(self, status: int, code: str) -> None:
-        self.reply(status, b'{"error": "no"}', X_Error_Code=code, X_Error_Message=f"test: {code}")
-
-    def do_GET(self) -> None:
-        path = unquote(urlparse(self.path).path).strip("/").split("/")
-        api = path[:2] == ["api", "models"]
-        repo, rest = "/".join(path[2:4] if api else path[:2]), path[4:] if api else path[2:]
-        if repo not in self.folders:
-            return self.refuse(404, "RepoNotFound")
-        if len(rest) > 1 and rest[1] not in ("main", COMMIT):
-            return self.refuse(404, "RevisionNotFound")
-        folder = self.folders[repo]
-        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-        if api:
-            return self.listing(repo, rest, files)
-        if repo == "a/gated" and self.headers.get("Authorization") != "Bearer hf_right":
-            return self.refuse(403, "GatedRepo")
-        name = "/".join(rest[2:])
-        return self.file(f"{repo}/{name}", files[name]) if name in files else self.refuse(404, "EntryNotFound")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def listing(self, repo: str, rest: list[str], files: dict[str, Path]) -> None:
-        if rest[:1] == ["tree"]:
-            content: object = [
-                {"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in files.items()
-            ]
-        else:
-            content = {"id": repo, "sha": COMMIT, "tags": [], "siblings": [{"rfilename": n} for n in files]}
-        self.reply(200, json.dumps(content).encode(), Content_Type="application/json")
-
-    def file(self, name: str, path: Path) -> None:
-        body = path.read_bytes()
-        about = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
-        if self.command == "GET" and "Range" in self.headers:
-            start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            end = min(end, len(body) - 1)
-            return self.reply(206, body[start : end + 1], Content_Range=f"bytes {start}-{end}/{len(body)}", **about)
-        if self.command == "GET":
-            self.fetched.append(name)
-        return self.reply(200, body, **about)
 
 
 DRIVER = """
@@ -132,29 +66,33 @@ def hub(tiny, tmp_path_factory):
     loose.mkdir()
     (loose / "model.ckpt").write_bytes(b"x")
     checkpoint = write_ckpt(folder / "model.ckpt", compvis_tensors(tiny))
-    fetched: list[str] = []
-    folders = {"a/tiny": full, "a/gated": full, "a/sd2": other, "a/loose": loose}
+    split = shutil.copytree(full, folder / "split")
+    for where in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        tensors = list(load_file(split / f"{where}.safetensors").items())
+        for number, half in ((1, tensors[::2]), (2, tensors[1::2])):
+            save_file(dict(half), split / f"{where}-{number:05}-of-00002.safetensors")
+        (split / f"{where}.safetensors").unlink()
+    folders = {"a/tiny": full, "a/gated": full, "a/sd2": other, "a/loose": loose, "a/split": split}
     folders[CLIP] = write_tokenizer(folder / "clip")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folders": folders, "fetched": fetched}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def ask(*calls, cache="cache", url=None, **env):
-        fetched.clear()
-        env |= {"HF_ENDPOINT": url or f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
-        env |= {"HF_HOME": str(folder / cache), "HF_TOKEN": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, json.dumps(calls)],
-            capture_output=True,
-            text=True,
-            env=os.environ | env,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
+    with serve(folders) as (address, served):
 
-    ask.fetched, ask.checkpoint, ask.folder = fetched, str(checkpoint), str(full)
-    yield ask
-    server.shutdown()
-    server.server_close()
+        def ask(*calls, cache="cache", url=None, **env):
+            served.fetched.clear()
+            env |= {"HF_ENDPOINT": url or address, "HF_HUB_DISABLE_XET": "1"}
+            env |= {"HF_HOME": str(folder / cache), "HF_TOKEN": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+            done = subprocess.run(
+                [sys.executable, "-c", DRIVER, json.dumps(calls)],
+                capture_output=True,
+                text=True,
+                env=os.environ | env,
+            )
+            assert done.returncode == 0, done.stderr
+            return [json.loads(line) for line in done.stdout.splitlines()]
+
+        ask.fetched, ask.checkpoint, ask.folder = served.fetched, str(checkpoint), str(full)
+        ask.split = str(split)
+        yield ask
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +103,15 @@ def online(hub):
         ["load", "a/tiny", {}],
         ["load", "a/tiny", {"revision": COMMIT}],
         ["load", hub.checkpoint, {}],
+        ["find", hub.split, {}],
+        ["find", "a/split", {}],
     ]
     return hub(*calls), sorted(hub.fetched)
 
 
 def test_a_repository_gives_the_same_tensors(online):
-    from_folder, from_hub, from_commit, from_checkpoint = online[0]
-    assert len(from_folder) == 64, from_folder
-    assert from_folder == from_hub == from_commit == from_checkpoint
+    assert len(online[0][0]) == 64, online[0][0]
+    assert online[0] == [online[0][0]] * 6
 
 
 def test_only_needed_files_are_fetched_and_once(online):
@@ -219,8 +158,9 @@ def test_refusals(hub):
         ["load", "a/sd2", {}],
         ["load", "a/loose", {}],
         ["info", "a/tiny", {}],
+        ["info", "a/split", {}],
     ]
-    *answers, facts = hub(*calls, cache="refusals")
+    *answers, facts, split = hub(*calls, cache="refusals")
     gated = "a/gated is gated: accept its licence at https://huggingface.co/a/gated, then log in with `hf auth"
     expected = ["There is no repository a/none on the Hub", gated, gated, "a/tiny has no revision 'nope'"]
     expected += ["a/tiny has no weights unet/diffusion_pytorch_model.fp16.safetensors", "it holds SD 2 weights"]
@@ -231,6 +171,7 @@ def test_refusals(hub):
     # No weights came: other models are refused by their configs, and info fetches headers only.
     assert not [name for name in hub.fetched if name.endswith((".safetensors", ".bin", ".ckpt"))]
     assert (facts["kind"], set(facts["parts"])) == ("Stable Diffusion v1", {"unet", "vae", "text"})
+    assert split == facts
 
 
 @pytest.mark.slow

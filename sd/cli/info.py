@@ -12,12 +12,14 @@ SUMMARY = "say what a file, folder or repository holds"
 def parser() -> Parser:
     result = Parser("artist info", "Say what a file, folder or Hub repository holds, without loading it.")
     result.add_argument("source", metavar="SOURCE", help="A file, a folder, or a Hub repository.")
-    add_source_options(result, "revision")
+    add_source_options(result, "revision", "hub-variant")
     return result
 
 
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse(arguments)
+    if "hub_variant" in given:
+        given["variant"] = given.pop("hub_variant")
     from ..weights.contents import format_info, info
 
     print(format_info(info(**given)))

@@ -5,7 +5,6 @@ Nothing here reads weights: tensors are names, shapes and a memory map.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import parse_json
+from ..files import SmallFileError, parse_json, read_json
 from ..text import TextConfig, own_names, text_shapes
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
@@ -38,7 +37,7 @@ class Source:
     kind: str  # "CompVis file", "self-contained file", "Hub layout"
     parts: dict[str, dict[str, Tensor]]  # "unet", "vae", "text" -> CompVis name without prefix -> tensor
     unknown: list[str]
-    weights: Path  # the file, or that of the UNet
+    weights: Path  # the file, or that of the UNet; the first, if it has several
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # as far as the source tells
     tokenizer: dict[str, str] | None = None
     size: int | None = None
@@ -70,22 +69,25 @@ def find(
         if not BUILT_IN.exists():
             raise LoadError(f"The built-in model is missing ({BUILT_IN.name}): install the package again.")
         return find_file(BUILT_IN, "shapes")
+    hub.check_names(revision, variant, token)
     path = Path(os.path.expanduser(source))
     text = os.fspath(source)
     if text and path.is_dir():  # Path("") is the folder here
-        return find_folder(path, text, variant, look)
+        return find_folder(hub.snapshot_in(path, revision), text, variant, look)
     if text and path.exists():
         return find_file(path, path.name)
     looks_like_file = path.suffix.lower() in {".ckpt", ".safetensors", ".pt", ".pth", ".bin"}
-    if not looks_like_file and hub.REPO_ID.fullmatch(text) and not text.startswith("."):
-        folder = hub.download(text, variant=variant, revision=revision, token=token, weights=False)
+    if not looks_like_file and hub.is_repository(text):
+        repository = hub.Repository(text, revision=revision, token=token)
+        folder = repository.small_files()
         if not look:
             read_configs(folder, text)  # refuses other models before their gigabytes come
-        elif headers := hub.look(text, variant, revision, token):
+        elif headers := repository.headers(variant):
             return describe_folder(folder, text, headers, folder, look)
-        return find_folder(hub.download(text, variant=variant, revision=revision, token=token), text, variant, look)
+        return find_folder(repository.all_files(variant), text, variant, look)
+    shown = text if text and text.isprintable() else repr(text)
     raise LoadError(
-        f"There is no file or folder {text or repr(text)}: give a .ckpt or .safetensors file, a folder of the Hub's "
+        f"There is no file or folder {shown}: give a .ckpt or .safetensors file, a folder of the Hub's "
         'layout, a repository such as CompVis/stable-diffusion-v1-4, or "shapes", the built-in model.'
     )
 
@@ -123,14 +125,15 @@ def find_file(path: Path, name: str) -> Source:
 def find_folder(folder: Path, name: str, variant: str | None, look: bool = False) -> Source:
     """A folder of the Hub's layout; tensors get their CompVis names here."""
     if not (folder / "unet/config.json").is_file():
+        hub.check_links(folder, ["unet/config.json"], name)
         files = sorted(p.name for p in folder.iterdir() if p.suffix in {".ckpt", ".safetensors"})
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
-    chosen = hub.weight_files(hub.local_files(folder), variant, name)
-    opened = {part: read(folder / file) for part, file in chosen.items()}
-    tensors = {part: file.tensors for part, file in opened.items()}
-    found = describe_folder(folder, name, tensors, folder / chosen["unet"], look)
-    found.maps = [(file.path, file.map) for file in opened.values()]
+    chosen = hub.local_weights(folder, variant, name)  # a part may be in several files
+    opened = {part: {file: read(folder / file) for file in files} for part, files in chosen.items()}
+    tensors = {p: hub.merged({n: file.tensors for n, file in files.items()}, name) for p, files in opened.items()}
+    found = describe_folder(folder, name, tensors, folder / chosen["unet"][0], look)
+    found.maps = [(file.path, file.map) for files in opened.values() for file in files.values()]
     return found
 
 
@@ -175,11 +178,11 @@ def rename(part: str, tensors: dict[str, Tensor], configs: Mapping[str, Any]) ->
 
 def read_config_file(folder: Path, name: str, where: str) -> dict[str, Any]:
     try:
-        content = json.loads((folder / where).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{name} has no readable {where} ({error}): give the whole folder.") from None
+        content = read_json(folder / where)
+    except SmallFileError as error:
+        raise LoadError(f"{name} has no readable {where} ({error.reason}): give the whole folder.") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{name} has no readable {where} (it is no JSON object): give the whole folder.")
     return content
 
 

@@ -80,7 +80,7 @@ def clip_texts(name: str, token: Any = None) -> dict[str, str]:
     except hub.HubError as error:
         raise hub.HubError(
             f"{name} brings no tokenizer, and CLIP's is neither in the Hub's cache nor in a package, nor could it be "
-            f"had from the Hub ({error}): give a folder with vocab.json and merges.txt as tokenizer= (--tokenizer), "
-            f"install open_clip_torch (pip install 'artificial-artist[clip]'), connect once so that {hub.CLIP} is "
-            "cached, or use a converted file or a repository, which have their own."
+            f"had from the Hub ({error.reason}): give a folder with vocab.json and merges.txt as tokenizer= "
+            "(--tokenizer), install open_clip_torch (pip install 'artificial-artist[clip]'), connect once so that "
+            f"{hub.CLIP} is cached, or use a converted file or a repository, which have their own."
         ) from None
