@@ -2,8 +2,8 @@
 
     git worktree add ../before v0.1 && python -m benchmarks.versions ../before --tasks unet vae lean rows
 
-Both versions stay open, one process each (two where a picture is cut by rows), and work in turn: one call of the UNet,
-one decoding or one step each, so that both see the same machine. Full size, random weights, 512 x 512, float32.
+Both versions stay open, one process each (two where a picture is cut by rows), and work in turn: one call of the
+UNet, one decoding or one step each, so that both see the same machine. Full size, random weights, 512 x 512, float32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 
 def work():
-    model = sd.load(file)
+    model = sd.load(file, lazy=task == "lean")  # which version 0.1 needs for it
     if task in ("unet", "vae"):
         part = sd.fast(model).unet if task == "unet" else sd.fast(model).vae
         del model
@@ -53,7 +53,8 @@ def work():
             part(*given) if task == "unet" else part.decode(x)
             yield task
     sampler = sd.LeanSampler(model, memory) if task == "lean" else sd.ParallelSampler(model, {"rows": 2})
-    call = dict(prompt_embeds=context[:1], negative_prompt_embeds=context[1:], scheduler="ddim", height=512, width=512)
+    call = dict(prompt_embeds=context[:1], negative_prompt_embeds=context[1:], scheduler="ddim", height=512)
+    call["width"] = 512
     while True:
         for step in sampler.stream(num_inference_steps=steps, **call):
             yield "step"

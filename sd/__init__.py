@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .attention import chunked_attention, use_attention
     from .lean.sampler import LeanSampler
     from .loader import convert, load, save
-    from .model import Defaults, StableDiffusion
+    from .model import StableDiffusion
     from .parallel.sampler import ParallelSampler
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
     from .scheduler import DDIM, LMS, PNDM, NoiseSchedule
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .unet import UNet, UNetConfig
     from .vae import VAE, VAEConfig
     from .weights.checkpoint import CheckpointError
-    from .weights.source import LoadError, info
+    from .weights.configs import LoadError
+    from .weights.contents import info
+    from .weights.defaults import Defaults
 
 __version__ = "0.2.0"
 
@@ -32,12 +34,14 @@ _HOME = {
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule"], "scheduler"),
     **dict.fromkeys(["convert", "load", "save"], "loader"),
-    **dict.fromkeys(["Defaults", "StableDiffusion"], "model"),
+    "Defaults": "weights.defaults",
+    "StableDiffusion": "model",
     "LeanSampler": "lean.sampler",
     "ParallelSampler": "parallel.sampler",
     "describe": "study.description",
     "fast": "speed.fast_model",
-    **dict.fromkeys(["LoadError", "info"], "weights.source"),
+    "LoadError": "weights.configs",
+    "info": "weights.contents",
     **dict.fromkeys(["NotFiniteError", "SimpleSampler", "Step", "denoise"], "sampler"),
 }
 __all__ = [

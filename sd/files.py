@@ -19,7 +19,22 @@ SMALL = 16 << 20  # bytes; the largest file that is read whole, a tokenizer.json
 DEPTH = 32  # of brackets in each other; configs have 3
 
 
-class SmallFileError(ValueError):
+def printable(text: object, limit: int = 200) -> str:
+    """A foreign word on its way to a person: no control characters reach a terminal; a long one loses its middle."""
+    words = str(text)
+    if len(words) > limit:
+        words = f"{words[: 2 * limit // 3]} ... {words[-(limit // 3) :]}"
+    return words if words.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+
+
+class PlainError(ValueError):
+    """An error about somebody's file or request: one sentence of bounded length, whatever foreign words are in it."""
+
+    def __init__(self, message: object):
+        super().__init__(printable(message, 700))
+
+
+class SmallFileError(PlainError):
     """A small file that cannot be read. The message is one sentence; `reason` is what is wrong alone."""
 
     def __init__(self, what: str, path: str | os.PathLike[str], reason: str):

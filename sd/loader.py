@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .files import read_json
-from .model import Defaults, StableDiffusion
-from .text import TextConfig, TextEncoder, Texts, text_shapes
-from .unet import UNet, UNetConfig
-from .vae import VAE, VAEConfig
+from .model import StableDiffusion
+from .text import TextEncoder, Texts
 from .weights import hub, names
 from .weights.checkpoint import write_safetensors
+from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
-from .weights.source import METADATA, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
+from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
 from .weights.tokenizer import clip_texts, read_tokenizer
 from .weights.unread import leave_in_file, tensors_of
 
@@ -102,27 +100,7 @@ def build(
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> StableDiffusion:
     """Make the model, each part for its device and dtype; else on the CPU, and as it is in the file."""
-    settings = {part: {**found.configs.get(part, {}), **config.get(part, {})} for part in names.PARTS}
-    for part, infer in (("unet", names.infer_unet), ("vae", names.infer_vae), ("text", names.infer_text)):
-        if not found.parts[part]:
-            raise LoadError(
-                f"{found.name} has no {names.PARTS[part]}: a model needs all three parts (UNet, VAE, text "
-                "encoder) in one file; give the full checkpoint or the repository."
-            )
-        if part not in found.configs:
-            try:
-                settings[part] = {**infer(found.parts[part]), **settings[part]}
-            except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-                raise LoadError(
-                    f"{found.name} has a {names.PARTS[part]} that is not Stable Diffusion v1's or is incomplete: "
-                    f"tensor {error} is missing or misshapen; give another file, or its sizes as config=."
-                ) from None
-    with torch.device("meta"):
-        unet = UNet(config_of(UNetConfig, settings["unet"]))
-        vae = VAE(config_of(VAEConfig, settings["vae"]))
-    text = config_of(TextConfig, settings["text"])
-    for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
-        check(found, part, shapes)
+    unet, vae, text = modules(found, config)
     unet.load_state_dict(found.parts["unet"], strict=True, assign=True)
     vae.load_state_dict(found.parts["vae"], strict=True, assign=True)
     goal: dict[str, Any] = {}
@@ -134,45 +112,15 @@ def build(
         encoder = TextEncoder(text, found.parts["text"], texts, found.known_words, **goal)
     except ValueError as error:
         raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
-    try:
-        defaults = Defaults.from_dict(found.defaults)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise LoadError(f"{found.name} has defaults that cannot be used ({error}): convert it again.") from None
     return StableDiffusion(
         unet.eval(),
         vae.eval(),
         encoder,
         name=found.name,
         size=found.size or 512,
-        defaults=defaults,
+        defaults=found.defaults,
         files=WeightFiles(found.weights, found.maps),
     )
-
-
-def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise LoadError unless a part has just these tensors in these shapes; the message names some that differ."""
-    tensors = found.parts[part]
-    wrong = {
-        "is missing": [name for name in shapes if name not in tensors],
-        "is surplus": [name for name in tensors if name not in shapes],
-        "has the wrong shape": [
-            f"{name} is {tuple(tensors[name].shape)}, not {shape}"
-            for name, shape in shapes.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ],
-        "is not of floating point": [name for name, t in tensors.items() if not t.is_floating_point()],
-    }
-    for what, bad in wrong.items():
-        if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise LoadError(
-                f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
-                "the file is incomplete or not of Stable Diffusion v1."
-            )
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -63,11 +63,15 @@ def text_shapes(c: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIPTextModel's tensors under our names, whichever transformers named them; `position_ids` left out."""
+    """A CLIPTextModel's tensors under our names, whichever transformers named them.
+
+    Left out are `position_ids` (saved by transformers before 4.31: 0, 1, 2, ...), and the projection of a
+    CLIPTextModelWithProjection, which is not used here.
+    """
     return {
         name.removeprefix("text_model."): t
         for name, t in tensors.items()
-        if not name.endswith("position_ids")  # saved by transformers before 4.31: 0, 1, 2, ...
+        if not name.endswith(("position_ids", "text_projection.weight"))
     }
 
 

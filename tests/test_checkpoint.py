@@ -1,6 +1,8 @@
 """sd.checkpoint against files in their true layouts, damaged ones and hostile ones."""
 
+import argparse
 import collections
+import datetime
 import io
 import json
 import os
@@ -21,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sd.files import printable
 from sd.weights import checkpoint
 from sd.weights.checkpoint import CheckpointError, read, write_safetensors
 
@@ -228,6 +231,76 @@ def test_parameters_and_modules(tmp_path):
     identical(read(tmp_path / "b.pt").tensors, module.state_dict())
     torch.save(module, tmp_path / "c.pt")
     fault(tmp_path / "c.pt", "asks to run 'torch.nn.modules.linear.Linear'", "nothing was run")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_trainers_leave_beside_the_weights_is_no_code(tmp_path, protocol):
+    """Only what is a tensor is read; nothing of the rest is called an attempt to run code."""
+    weights = {f"w{i}": torch.ones(3).to(dtype) for i, dtype in enumerate(WHOLE_TYPES)}
+    beside = {
+        "arguments": argparse.Namespace(rate=0.1),
+        "path": Path("a/b"),
+        "size": torch.Size([1, 2]),
+        "set": {1, 2},
+        "frozen": frozenset([1]),
+        "counts": collections.Counter("abc"),
+        "lists": collections.defaultdict(list, a=[1]),
+        "number": np.float64(0.5),
+        "dtype": torch.float16,
+        "device": torch.device("cpu"),
+        "range": range(3),
+        "complex": 1j,
+        "when": datetime.datetime(2022, 8, 22, tzinfo=datetime.timezone.utc),
+        "version": torch.torch_version.TorchVersion("2.0"),
+    }
+    torch.save({**weights, **beside}, tmp_path / "a.ckpt", pickle_protocol=protocol)
+    identical(read(tmp_path / "a.ckpt").tensors, weights)
+
+
+WHOLE_TYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+
+
+def tensors_of(count, size, key=b"0", name=b"%d"):
+    """A pickle of so many tensors of one storage, in as few bytes as that takes."""
+    size = b"](" + b"K\x01" * size + b"e" if size > 9 else b"K\x01\x85"
+    start = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x00"
+    start += b"(X\x07\0\0\0storagectorch\nFloatStorage\nX" + struct.pack("<I", len(key)) + key
+    start += b"X\x03\0\0\0cpuK\x01tQq\x01"
+    start += b"(h\x01K\0" + size + b"q\x02h\x02\x89Ntq\x03}("
+    names = (name % i for i in range(count))
+    return start + b"".join(b"X" + struct.pack("<I", len(n)) + n + b"h\0h\x03R" for n in names) + b"u."
+
+
+@linux
+@pytest.mark.parametrize("case", ["long sizes", "one storage, a long name", "many tensors", "very many tensors"])
+def test_small_files_take_little_time_and_memory(case, tmp_path):
+    """Some 1 MB of file: below 300 MB, and what grows with the square of the file would take minutes.
+
+    Each is read by a process of its own, for its memory. (In the mutations of this folder, 2 seconds are the bound.)
+    """
+    data, storages = {
+        "long sizes": (tensors_of(20_000, 10_000), {"0": TWELVE}),
+        "one storage, a long name": (tensors_of(20_000, 1, b"k" * 60_000), {"k" * 60_000: TWELVE}),
+        "many tensors": (tensors_of(45_000, 1), {"0": TWELVE}),
+        "very many tensors": (tensors_of(70_000, 1), {"0": TWELVE}),
+    }[case]
+    path = pack(tmp_path / "a.ckpt", data, storages)
+    assert path.stat().st_size < 1_300_000
+    code = (
+        "import resource, sys; import sd\n"
+        "from sd.weights.checkpoint import read\n"
+        "def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n"
+        "before = most()\n"
+        "try: print(len(read(sys.argv[1]).tensors))\n"
+        "except ValueError as error: print(error)\n"
+        "print(most() - before)"
+    )
+    command = [sys.executable, "-c", code, path]
+    said, megabytes = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=50
+    ).stdout.splitlines()
+    assert {"long sizes": "does not fit", "very many tensors": "more than"}.get(case, "") in said
+    assert float(megabytes) < 300
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -939,7 +1012,7 @@ def test_write_refuses(tmp_path):
     def refused(path, state, word, metadata=None):
         with pytest.raises(CheckpointError, match=word) as caught:
             write_safetensors(path, state, metadata)
-        assert str(caught.value).startswith(f"{path} cannot be written: ")
+        assert str(caught.value).startswith(f"{printable(path, 700)} cannot be written: ")
 
     (tmp_path / "folder").mkdir()
     ones = {"w": torch.ones(1)}

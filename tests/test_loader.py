@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import sd
 import sd.weights.tokenizer
 from sd.text import TextConfig, text_shapes
-from sd.weights import names
-from sd.weights.source import format_info
+from sd.weights import configs, names
+from sd.weights.contents import format_info
 from sd.weights.unread import computes_in
 from tests.layouts import (
     compvis_tensors,
@@ -345,10 +345,10 @@ def test_names_of_the_full_model_are_those_of_diffusers_and_transformers():
 def test_sizes_are_read_off_a_full_size_file():
     with torch.device("meta"):
         unet, vae = sd.UNet(), sd.VAE()
-    assert sd.UNetConfig(**names.infer_unet(unet.state_dict())) == sd.UNetConfig()
-    assert sd.VAEConfig(**names.infer_vae(vae.state_dict())) == sd.VAEConfig()
+    assert sd.UNetConfig(**configs.infer_unet(unet.state_dict())) == sd.UNetConfig()
+    assert sd.VAEConfig(**configs.infer_vae(vae.state_dict())) == sd.VAEConfig()
     text = {n: torch.empty(s, device="meta") for n, s in text_shapes(TextConfig()).items()}
-    assert TextConfig(**names.infer_text(text)) == TextConfig()
+    assert TextConfig(**configs.infer_text(text)) == TextConfig()
 
 
 def test_peer_models_have_the_same_weights(tiny):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import sd
 from sd.text import TextConfig
-from sd.weights.source import fits
+from sd.weights.configs import fits
 from tests.layouts import compvis_tensors, write_ckpt, write_hub, write_tokenizer
 
 

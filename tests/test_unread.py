@@ -73,7 +73,7 @@ def test_a_model_is_in_the_file_until_a_part_is_called(model):
         lambda unet: unet.out.state_dict(),
         lambda unet: unet.to("cpu"),
         lambda unet: unet.float(),
-        lambda unet: unread.read(unet),
+        lambda unet: unread.read_weights(unet),
     ],
 )
 def test_any_use_of_a_part_reads_all_of_it(model, wanted, use):
@@ -112,7 +112,7 @@ def test_conversion_is_from_what_the_part_computes_in(half):
 
 def test_a_module_that_was_converted_alone_stays_so(model):
     model.vae.decoder.bfloat16()
-    unread.read(model.vae)
+    unread.read_weights(model.vae)
     assert {p.dtype for p in model.vae.decoder.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.vae.encoder.parameters()} == {torch.float32}
 
@@ -206,6 +206,41 @@ def test_a_file_that_shrinks_is_seen_while_it_is_mapped(half, tmp_path):
     gone.files.check()
     with pytest.raises(sd.LoadError, match=r"a\.safetensors has shrunk from \d+ to \d+ bytes"):
         mapped.files.check()
+
+
+@pytest.mark.parametrize("change", ["cut", "written over"])
+@pytest.mark.parametrize("kind", ["simple", "fast", "lean"])
+def test_a_drawing_stops_where_its_file_is_changed(change, kind, tiny, tmp_path):
+    """Between two steps, in float32, where every tensor is mapped: to read on would end the process, or be wrong."""
+    path = tmp_path / "a.safetensors"
+    sd.save(tiny, path)
+    model = sd.load(path)
+    model = sd.fast(model) if kind == "fast" else model
+    sampler = sd.LeanSampler(model, "600MB") if kind == "lean" else sd.SimpleSampler(model)
+    steps = sampler.stream("a", num_inference_steps=3)
+    next(steps)
+    if change == "cut":
+        os.truncate(path, 5000)
+    else:
+        with open(path, "r+b") as file:
+            file.seek(5000)
+            file.write(b"\1" * 100)
+    with pytest.raises(sd.LoadError, match=r"shrunk|has been changed"):
+        list(steps)
+    with pytest.raises(sd.LoadError, match=r"shrunk|has been changed"):
+        sampler("a", num_inference_steps=1)
+    with pytest.raises(sd.LoadError, match=r"shrunk|has been changed"):
+        model.encode_prompt("a")
+
+
+def test_a_file_that_is_replaced_does_no_harm(half, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(half.read_bytes())
+    model = sd.load(path)
+    (tmp_path / "b").write_bytes(b"another file")
+    os.replace(tmp_path / "b", path)
+    model.files.check()
+    assert torch.equal(model.unet(X, T, C), sd.load(half).unet(X, T, C))
 
 
 def test_a_file_that_is_deleted_does_no_harm(half, tmp_path):

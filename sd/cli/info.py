@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parser().parse(arguments)
     if "hub_variant" in given:
         given["variant"] = given.pop("hub_variant")
-    from ..weights.source import format_info, info
+    from ..weights.contents import format_info, info
 
     print(format_info(info(**given)))
     return 0

@@ -25,8 +25,9 @@ from ..loader import build, check_device, check_dtype, load, read_config, tokeni
 from ..model import StableDiffusion
 from ..scheduler import SCHEDULERS, make_scheduler
 from ..vae import VAE
+from ..weights.configs import LoadError
 from ..weights.names import PARTS
-from ..weights.source import LoadError, Source, find, refuse_other_kinds
+from ..weights.source import Source, find, refuse_other_kinds
 from ..weights.unread import read_weights
 from . import reference
 from .measure import Row, compare_blocks, pair, relative, weights_on_use

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..model import StableDiffusion
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
+from ..speed.malloc import keep
 from ..unet import UNetConfig, topology
 from ..weights.unread import computes_in, read_weights
 from .pulse import drawing, waiting, watch
@@ -103,8 +104,10 @@ class ParallelSampler(SimpleSampler):
     timeout  seconds after which a rank that is silent, or stuck in one layer, ends the job
 
     Uses the process group that there is, or else makes the one that torchrun describes; without either this is
-    a world of one rank. Raises RankError (a ValueError) where ranks disagree or one is lost, ValueError for a split
-    that does not fit.
+    a world of one rank. Of several ranks on a CPU each keeps the memory that a call has freed for the next one
+    (`sd/speed/malloc.py`).
+
+    Raises RankError (a ValueError) where ranks disagree or one is lost, ValueError for a split that does not fit.
     """
 
     def __init__(self, model: StableDiffusion, split: Mapping[str, int] | None = None, timeout: float = 20.0):
@@ -116,6 +119,8 @@ class ParallelSampler(SimpleSampler):
         self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own
         connect(self.model.device)
         watch(timeout)
+        if world()[1] > 1 and model.device.type == "cpu":
+            keep()
 
     # ---- the plan
 

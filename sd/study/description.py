@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..loader import LoadError, read_config
+from ..loader import read_config
 from ..model import StableDiffusion
 from ..text import TextConfig
 from ..unet import Block as UNetBlock
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
-from ..weights import names
-from ..weights.source import config_of, find, refuse_other_kinds
+from ..weights.configs import LoadError
+from ..weights.source import find, refuse_other_kinds, sizes
 
 ROWS = {  # the modules that are the lines of a table; between them they hold every parameter
     "text encoder": r"embeddings|encoder\.layers\.\d+|final_layer_norm",
@@ -154,18 +154,8 @@ def _sizes(
     if found.problem:
         raise LoadError(found.problem)
     refuse_other_kinds(found)
-    settings = {}
-    for part, infer in (("unet", names.infer_unet), ("vae", names.infer_vae), ("text", names.infer_text)):
-        try:
-            known = found.configs.get(part) or infer(found.parts[part])
-        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-            raise LoadError(
-                f"{found.name}: the {names.PARTS[part]} lacks tensor {error}: it is incomplete."
-            ) from None
-        settings[part] = {**known, **config.get(part, {})}
-    kinds = zip((UNetConfig, VAEConfig, TextConfig), ("unet", "vae", "text"), strict=True)
-    dtype = next(iter(found.parts["unet"].values())).dtype
-    return found.name, found.size or 512, tuple(config_of(k, settings[p]) for k, p in kinds), dtype
+    configs = sizes(found, config)
+    return found.name, found.size or 512, configs, next(iter(found.parts["unet"].values())).dtype
 
 
 def _blocks(

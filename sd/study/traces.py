@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import __version__
+from ..files import parse_json
 from ..image import to_pil
 from ..sampler import Call, Step
 from ..vae import VAE
@@ -86,7 +87,27 @@ class Trace:
         if missing or "trace" not in file.metadata:
             raise ValueError(f"{path} is no trace: sd.study.trace(...).save(path) writes one.")
         tensors = {name: file.tensors.get(name) for name in TENSORS}
-        return cls(**tensors, settings=json.loads(file.metadata["trace"]))  # type: ignore[arg-type]
+        try:
+            settings = parse_json(str(file.metadata["trace"]))
+            if not isinstance(settings, dict):
+                raise ValueError("its settings are no JSON object")
+            fit(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path} is a damaged trace: {error}; write it again.") from None
+        return cls(**tensors, settings=settings)  # type: ignore[arg-type]
+
+
+def fit(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError, the rest of a sentence, unless a trace's tensors are floating and of matching shapes."""
+    found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"its {name} are of type {tensor.dtype}")
+    x = found["x"].shape
+    wanted = {"timesteps": x[:1], "latents": x[1:], "rgb": (5, 3), **dict.fromkeys(TENSORS[1:6], x)}
+    for name, tensor in found.items():
+        if len(x) != 5 or x[2] != 4 or tensor.shape != tuple(wanted[name]):
+            raise ValueError(f"its {name} are of shape {tuple(tensor.shape)}")
 
 
 @torch.no_grad()

@@ -29,29 +29,53 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files import writing
+from ..files import PlainError, writing
 
 # SD v1 files have 0.2 MB of pickle and 0.1 MB of zip directory. The first bounds what _unpickle may cost.
 MAX_PICKLE, MAX_INDEX = 8 << 20, 16 << 20  # bytes
+MAX_TENSORS = 50_000  # a v1 file with EMA weights has 2,000
+MAX_AXES = 20  # of a tensor
 
 # All the names that a pickle may mention, as pickletools spells them ("module name"), and what _call makes of
-# them. The objects that really have these names are never touched. These are the ones found in SD v1 files.
+# them. The objects that really have these names are never touched. "inert" are harmless things that lie beside
+# the weights in files of trainers: a stand-in takes their place, and nothing is known of them.
 _GLOBALS: dict[str, Any] = {
     "collections OrderedDict": "dict",
+    "collections defaultdict": "dict",
     "torch._utils _rebuild_tensor_v2": "tensor",
     "torch._utils _rebuild_parameter": "parameter",
     "torch HalfStorage": torch.float16,
     "torch BFloat16Storage": torch.bfloat16,
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
+    "torch ByteStorage": torch.uint8,
+    "torch CharStorage": torch.int8,
+    "torch ShortStorage": torch.int16,
     "torch IntStorage": torch.int32,
     "torch LongStorage": torch.int64,
-    "pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint": "inert",
-    "numpy.core.multiarray scalar": "inert",
-    "numpy._core.multiarray scalar": "inert",
-    "numpy dtype": "inert",
-    "_codecs encode": "inert",
+    "torch BoolStorage": torch.bool,
 }
+_INERT = {
+    "_codecs": ["encode"],
+    "argparse": ["Namespace"],
+    "collections": ["Counter", "deque"],
+    "copyreg": ["_reconstructor"],
+    "datetime": ["date", "datetime", "timedelta", "timezone"],
+    "numpy": ["dtype"],
+    "numpy.core.multiarray": ["scalar"],
+    "pathlib": ["Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"],
+    "torch": ["Size", "device", "Generator", "float16", "bfloat16", "float32", "float64", "int32", "int64", "bool"],
+    "torch.torch_version": ["TorchVersion"],
+    "pytorch_lightning.callbacks.model_checkpoint": ["ModelCheckpoint"],
+    "pytorch_lightning.callbacks.early_stopping": ["EarlyStopping"],
+    "pytorch_lightning.utilities.parsing": ["AttributeDict"],
+}
+_INERT["numpy._core.multiarray"] = _INERT["numpy.core.multiarray"]
+_INERT["copy_reg"] = _INERT["copyreg"]  # Python 2's name, as is __builtin__
+_INERT["builtins"] = ["bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object"]
+_INERT["builtins"] += ["range", "set", "slice", "str", "tuple", "xrange"]
+_INERT["__builtin__"] = _INERT["builtins"]
+_GLOBALS |= {f"{module} {name}": "inert" for module, names in _INERT.items() for name in names}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 _LITERALS |= {"BINBYTES", "SHORT_BINBYTES"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -72,7 +96,7 @@ _AGAIN, _NAME_ONE = "download it again", "give the path of a .ckpt or .safetenso
 _AS_SAFE, _ALONE = "get the weights as .safetensors", "save the model's state_dict() alone"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PlainError):
     """A weight file that is missing, is not one, is damaged, asks for code, or cannot be written.
 
     The message is one sentence: which file, what is wrong with it, and what to do.
@@ -109,11 +133,11 @@ class _Storage(NamedTuple):
     numel: int
 
 
-class _Tensor(NamedTuple):  # as the pickle puts it, unchecked: _Archive.tensor does that
+class _Tensor(NamedTuple):  # as the pickle puts it, unchecked and not copied: _Archive.tensor does that
     storage: _Storage
     offset: Any
-    size: tuple[Any, ...]
-    stride: tuple[Any, ...]
+    size: Any
+    stride: Any
 
 
 class _Global(NamedTuple):
@@ -122,6 +146,9 @@ class _Global(NamedTuple):
 
 class _Inert:
     """Stands for an object that is no tensor: it knows nothing and does nothing."""
+
+
+_NOTHING = _Inert()  # one for all of them, however many a file has
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -203,9 +230,19 @@ def _flat(mapped: mmap.mmap, dtype: torch.dtype, start: int, numel: int) -> torc
     return torch.frombuffer(mapped, dtype=dtype, count=numel, offset=start)
 
 
-def _sane(*numbers: Any) -> bool:
-    """Whether these are integers that a file can need, few and far from where int64 overflows."""
-    return len(numbers) <= 20 and all(type(n) is int and 0 <= n < 1 << 40 for n in numbers)
+def _sane(*lists: Any) -> bool:
+    """Whether these are lists of integers that a file can need, few and far from where int64 overflows."""
+    return all(
+        isinstance(numbers, list | tuple)
+        and len(numbers) <= MAX_AXES
+        and all(type(n) is int and 0 <= n < 1 << 40 for n in numbers)
+        for numbers in lists
+    )
+
+
+def _few(tensors: Mapping[str, Any]) -> None:
+    if len(tensors) > MAX_TENSORS:
+        raise _Fault(f"holds more than {MAX_TENSORS:,} tensors", "give a file that holds the weights of one model")
 
 
 # ---- safetensors
@@ -224,6 +261,7 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         "".join([*header, *metadata, *metadata.values()]).encode()  # all text, and valid
+        _few(header)
         end = 8 + length + max([entry["data_offsets"][1] for entry in header.values()], default=0)
         if end != size:
             cut = "cut short" if end > size else "damaged"
@@ -234,7 +272,7 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
             if kind not in _DTYPES.values():
                 raise _Fault(f"holds {_quote(name)} of type {_quote(kind)}", "give weights in float16")
             dtype = next(dtype for dtype in _DTYPES if _DTYPES[dtype] == kind)
-            if not isinstance(shape, list) or not _sane(start, stop, *shape):
+            if not isinstance(shape, list) or not _sane(shape, (start, stop)):
                 raise ValueError(f"{_quote(name)} has no size")
             if (start, stop) != (end, end + prod(shape) * dtype.itemsize):
                 raise ValueError(f"{_quote(name)} does not fit its place")
@@ -255,6 +293,7 @@ def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[st
         if not isinstance(state, dict):
             raise _Fault("holds no dict of tensors", _ALONE)
         described = {name: value for name, value in state.items() if isinstance(value, _Tensor)}
+        _few(described)
         if state and not described:
             raise _Fault(f"holds no tensors but {', '.join(_quote(key) for key in list(state)[:4])}", _ALONE)
         tensors = {name: archive.tensor(name, value) for name, value in described.items()}
@@ -284,6 +323,7 @@ class _Archive:
             raise _Fault("is damaged (its zip has a member twice)")
         self.root = pickles[0].removesuffix("data.pkl")  # often, but not always, "archive/"
         self.map = _map(file)
+        self.storages: dict[_Storage, torch.Tensor] = {}  # many tensors may share one
         if f"{self.root}byteorder" in self.entries:
             start, length = self.span("byteorder")
             order = self.map[start : start + min(length, 8)]
@@ -316,17 +356,19 @@ class _Archive:
         return start, entry.file_size
 
     def storage(self, wanted: _Storage) -> torch.Tensor:
-        dtype, key, numel = wanted
-        start, length = self.span(f"data/{key}")
-        if not 0 <= numel <= length // dtype.itemsize:
-            raise _Fault(f"is damaged (storage {_quote(key)} has only {length} bytes)")
-        return _flat(self.map, dtype, start, numel)
+        if wanted not in self.storages:
+            dtype, key, numel = wanted
+            start, length = self.span(f"data/{key}")
+            if not 0 <= numel <= length // dtype.itemsize:
+                raise _Fault(f"is damaged (storage {_quote(key)} has only {length} bytes)")
+            self.storages[wanted] = _flat(self.map, dtype, start, numel)
+        return self.storages[wanted]
 
     def tensor(self, name: str, described: _Tensor) -> torch.Tensor:
         """torch._utils._rebuild_tensor_v2, with every number checked before torch sees it."""
         storage, offset, size, stride = described
         flat = self.storage(storage)
-        if len(size) == len(stride) and _sane(offset, *size, *stride):
+        if _sane((offset,), size, stride) and len(size) == len(stride):
             steps = [(n - 1) * step for n, step in zip(size, stride, strict=True)]
             inside = offset + (0 if 0 in size else 1 + sum(steps)) <= flat.numel()
             # nor more elements than the storage has: stride 0 would make terabytes out of one number
@@ -370,6 +412,11 @@ def _unpickle(data: bytes) -> Any:
                 _extend(stack[-1], items, dict if op.startswith("SETITEM") else list)
         elif op in _EMPTY:
             stack.append(_EMPTY[op]())
+        elif op in ("EMPTY_SET", "FROZENSET"):
+            stack = below.pop() if op == "FROZENSET" else stack
+            stack.append(_NOTHING)
+        elif op == "ADDITEMS":
+            stack = below.pop()
         elif op in _CONSTANTS:
             stack.append(_CONSTANTS[op])
         elif op in ("GLOBAL", "STACK_GLOBAL", "INST"):
@@ -405,11 +452,11 @@ def _call(function: Any, args: Any) -> Any:
     """What a call in the pickle stands for: a tensor's description, an empty dict, or nothing at all."""
     meaning = _GLOBALS[function.name]
     if meaning == "inert":
-        return _Inert()
-    if meaning == "dict" and args == ():
+        return _NOTHING
+    if meaning == "dict" and all(isinstance(arg, _Global) for arg in args):  # defaultdict names what is in it
         return {}
     if meaning == "tensor" and isinstance(args[0], _Storage):
-        return _Tensor(args[0], args[1], tuple(args[2]), tuple(args[3]))
+        return _Tensor(*args[:4])
     if meaning == "parameter" and isinstance(args[0], _Tensor):
         return args[0]
     raise ValueError("a call that torch.save does not write")

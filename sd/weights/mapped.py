@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
-from .source import LoadError
+from .configs import LoadError
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Which file this is (the first two numbers), and when its content was changed last; None: it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class WeightFiles:
@@ -17,7 +27,8 @@ class WeightFiles:
 
     def __init__(self, weights: Path | None = None, maps: Iterable[tuple[Path, mmap]] = ()):
         self.weights = weights
-        self._maps = [(path, ref(mapped)) for path, mapped in maps]  # a map lives as long as a tensor is in it
+        # A map lives as long as a tensor is in it.
+        self._maps = [(path, ref(mapped), stamp(path)) for path, mapped in maps]
         self._digest: str | None = None
 
     @property
@@ -32,18 +43,22 @@ class WeightFiles:
         return self._digest
 
     def check(self) -> None:
-        """Raise LoadError if a file that tensors are still mapped from has become shorter.
+        """Raise LoadError if a file that tensors are still mapped from has been changed in place.
 
-        Reading a map beyond its file's end would end the process. A file that is deleted or replaced does no harm:
-        the system keeps it for the map.
+        Reading a map beyond its file's end would end the process, and other bytes would be other weights. A file that
+        is deleted, or replaced by another one, does no harm: the system keeps the old one for the map.
         """
-        for path, reference in self._maps:
+        for path, reference, before in self._maps:
             mapped = reference()
-            if mapped is not None and mapped.size() < len(mapped):
+            if mapped is None:
+                continue
+            if mapped.size() < len(mapped):
                 raise LoadError(
                     f"{path} has shrunk from {len(mapped)} to {mapped.size()} bytes while it was in use: "
                     "put it back, and load it again."
                 )
+            if before and (now := stamp(path)) and now[:2] == before[:2] and now != before:
+                raise LoadError(f"{path} has been changed while it was in use: load it again.")
 
     def __getstate__(self) -> dict[str, Any]:  # a copy, or what is pickled, has tensors of its own
         return self.__dict__ | {"_maps": []}

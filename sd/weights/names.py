@@ -8,12 +8,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-from ..text import TextConfig
 from ..unet import UNetConfig, topology
 from ..vae import VAEConfig
 
@@ -31,7 +29,7 @@ PARTS = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
 KNOWN_EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
     r"|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
-    r"|cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?))"
+    r"|(cond_stage_model\.)?(transformer\.)?(text_model\.)?(logit_scale|text_projection(\.weight)?))"
 )
 
 # ---- CompVis names to the Hub's
@@ -58,6 +56,9 @@ _VAE = (
     (r"\.norm_out\.", ".conv_norm_out."),
 )
 OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+# What converters call the VAE's attention in single files, where they keep the Hub's names for it.
+VAE_ATTENTION = {f"to_{letter}": letter for letter in "qkv"} | {"to_out.0": "proj_out", "group_norm": "norm"}
+VAE_ATTENTION |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 
 
 def unet_modules(config: UNetConfig) -> dict[str, str]:
@@ -146,11 +147,25 @@ def split(tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         if KNOWN_EXTRAS.fullmatch(name):
             continue
         part, short = _place(name)
+        if part == "vae":
+            short, tensor = _vae_attention(short, tensor)
         if part is None or short in parts[part]:  # twice, with a prefix and without: which one is meant?
             unknown.append(name)
         else:
             parts[part][short] = tensor
     return parts, unknown
+
+
+def _vae_attention(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """A tensor of the VAE in a single file, whose attention may have newer names, or linear layers for 1x1 ones."""
+    module, found, rest = name.partition(".mid.attn_1.")
+    if found:
+        layer, _, kind = rest.rpartition(".")
+        layer = VAE_ATTENTION.get(layer, layer)
+        if tensor.ndim == 2 and kind == "weight":
+            tensor = tensor[:, :, None, None]
+        name = f"{module}{found}{layer}.{kind}"
+    return name, tensor
 
 
 def _place(name: str) -> tuple[str | None, str]:
@@ -176,6 +191,11 @@ def ema_names(names: Iterable[str]) -> dict[str, str]:
 # ---- what a file holds, by its names and shapes
 
 CONTEXTS = {1024: "SD 2", 2048: "SDXL"}  # widths of the text's embeddings
+MARKS = {  # a tensor of each part that other models have not
+    "unet": "input_blocks.0.0.weight",
+    "vae": "decoder.conv_in.weight",
+    "text": "embeddings.token_embedding.weight",
+}
 CHANNELS = {9: "inpainting", 8: "InstructPix2Pix"}  # that go into the UNet
 
 
@@ -206,224 +226,5 @@ def kind_of(tensors: Tensors) -> str:
             return CONTEXTS[width]
     if any(re.match(r"(encoder\.)?down_blocks\.", name) for name in names):  # a file out of unet/ or vae/
         return "the Hub layout's (one part of a model: give the folder around it)"
-    return "Stable Diffusion v1" if any(split(tensors)[0].values()) else "unknown"
-
-
-def count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers stand at the group of a pattern, over all names."""
-    return len({m[1] for name in names if (m := re.match(pattern, name))})
-
-
-def infer_unet(tensors: Tensors) -> dict[str, Any]:
-    """Fields of UNetConfig that shapes tell; the head count they do not."""
-    first = tensors["input_blocks.0.0.weight"]
-    blocks = count(tensors, r"input_blocks\.(\d+)\.")
-    levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)  # a convolution that halves, between two
-    stride = blocks // levels  # input blocks of a level: the first convolution or what halves, then residual blocks
-    starts = range(1, 1 + levels * stride, stride)  # the first residual block of each level
-    widths = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in starts]
-    attends = [2**level for level, n in enumerate(starts) if f"input_blocks.{n}.1.proj_in.weight" in tensors]
-    return {
-        "in_channels": first.shape[1],
-        "out_channels": tensors["out.2.weight"].shape[0],
-        "model_channels": first.shape[0],
-        "channel_mult": tuple(width // first.shape[0] for width in widths),
-        "num_res_blocks": stride - 1,
-        "attention_resolutions": tuple(attends),
-        "context_dim": tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        "transformer_depth": count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
-    }
-
-
-def infer_vae(tensors: Tensors) -> dict[str, Any]:
-    """Fields of VAEConfig that shapes tell; the scale factor they do not."""
-    ch = tensors["encoder.conv_in.weight"].shape[0]
-    levels = count(tensors, r"encoder\.down\.(\d+)\.")
-    widths = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-    return {
-        "ch": ch,
-        "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        "z_channels": tensors["decoder.conv_in.weight"].shape[1],
-    }
-
-
-def infer_text(tensors: Tensors) -> dict[str, Any]:
-    """Fields of TextConfig, with CLIP's rule of 64 channels a head."""
-    vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": count(tensors, r"encoder\.layers\.(\d+)\."),
-        "num_attention_heads": max(width // 64, 1),
-        "max_position_embeddings": tensors["embeddings.position_embedding.weight"].shape[0],
-    }
-
-
-# ---- the Hub's config.json files: of diffusers' many options, the one value that Stable Diffusion v1 has.
-# An option left out has that value too; all of them matter, for a wrong one draws wrong pictures silently.
-
-_UNET_OPTIONS: dict[str, Any] = {
-    "act_fn": "silu",
-    "attention_type": "default",
-    "center_input_sample": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
-}
-_VAE_OPTIONS: dict[str, Any] = {
-    "act_fn": "silu",
-    "mid_block_add_attention": True,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
-}
-_SCHEDULE: dict[str, Any] = {  # how a model was trained; how it is sampled is the caller's choice
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "trained_betas": None,
-}
-_UNET_SIZES = {
-    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
-    *("attention_head_dim", "num_attention_heads", "norm_num_groups", "transformer_layers_per_block"),
-    *("down_block_types", "up_block_types", "sample_size"),
-    *("addition_embed_type_num_heads", "upcast_attention"),  # without effect here, or only on rounding
-}
-_VAE_SIZES = {
-    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),
-    *("norm_num_groups", "scaling_factor", "down_block_types", "up_block_types", "sample_size", "force_upcast"),
-}
-
-
-def _refuse_options(config: Mapping[str, Any], fixed: Mapping[str, Any], sizes: Iterable[str], part: str) -> None:
-    """Raise ValueError for an option that has another value than v1's; an unknown one must be off."""
-    for key, value in config.items():
-        value = "silu" if value == "swish" else value  # two names of x * sigmoid(x)
-        if key in sizes or key.startswith("_") or value is None:
-            continue
-        if (value != fixed[key]) if key in fixed else value:
-            raise ValueError(f"its {part} has {key} = {value!r}, which Stable Diffusion v1 does not have")
-
-
-def _widths(config: Mapping[str, Any], part: str) -> list[int]:
-    widths = config.get("block_out_channels")
-    if not isinstance(widths, list) or not all(type(w) is int and w > 0 for w in widths) or not widths:
-        raise ValueError(f"its {part} has block_out_channels = {widths!r}, which are no widths")
-    if any(width % widths[0] for width in widths):
-        raise ValueError(f"its {part} has widths {widths}, which are not multiples of the first")
-    return widths
-
-
-def unet_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hub UNet's config -> fields of UNetConfig. Raises ValueError naming what this UNet does not do."""
-    if other := other_kind(config):
-        raise ValueError(f"it holds {other}")
-    _refuse_options(config, _UNET_OPTIONS, _UNET_SIZES, "UNet")
-    widths = _widths(config, "UNet")
-    down = config.get("down_block_types") or ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"]
-    mirrored = [kind.replace("Down", "Up") for kind in map(str, down[::-1])]
-    up = config.get("up_block_types") or mirrored
-    if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != mirrored or len(down) != len(widths):
-        raise ValueError(f"its UNet has blocks {down} and {up}, which Stable Diffusion v1 does not have")
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    if not isinstance(heads, int):
-        raise ValueError(f"its UNet has other head counts on other levels ({heads}), as SD 2 and SDXL have")
-    return {
-        "in_channels": config.get("in_channels", 4),
-        "out_channels": config.get("out_channels", 4),
-        "model_channels": widths[0],
-        "channel_mult": tuple(width // widths[0] for width in widths),
-        "num_res_blocks": config.get("layers_per_block", 2),
-        "attention_resolutions": tuple(2**i for i, kind in enumerate(down) if kind.startswith("CrossAttn")),
-        "num_heads": heads,  # "attention_head_dim": 8 means eight heads
-        "context_dim": config.get("cross_attention_dim", 768),
-        "transformer_depth": config.get("transformer_layers_per_block", 1),
-        "num_groups": config.get("norm_num_groups", 32),
-    }
-
-
-def other_kind(config: Mapping[str, Any]) -> str | None:
-    """The name of what a Hub UNet's config is of, where that is another well-known model."""
-    known: dict[str, dict[Any, str]] = {
-        "addition_embed_type": {"text_time": "SDXL"},
-        "cross_attention_dim": CONTEXTS,
-        "in_channels": CHANNELS,
-    }
-    for key, kinds in known.items():
-        value = config.get(key)
-        if isinstance(value, int | str) and value in kinds:
-            return f"{kinds[value]} weights ({key} = {value!r})"
-    return None
-
-
-def vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hub VAE's config -> fields of VAEConfig. Raises ValueError naming what this VAE does not do."""
-    if config.get("latents_mean") or config.get("shift_factor"):
-        raise ValueError("its VAE is of a newer kind than Stable Diffusion v1's")
-    _refuse_options(config, _VAE_OPTIONS, _VAE_SIZES, "VAE")
-    widths = _widths(config, "VAE")
-    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if config.get(key, [kind] * len(widths)) != [kind] * len(widths):
-            raise ValueError(f"its VAE has {key} = {config[key]!r}, which Stable Diffusion v1 does not have")
-    return {
-        "in_channels": config.get("in_channels", 3),
-        "out_ch": config.get("out_channels", 3),
-        "ch": widths[0],
-        "ch_mult": tuple(width // widths[0] for width in widths),
-        "num_res_blocks": config.get("layers_per_block", 1),
-        "z_channels": config.get("latent_channels", 4),
-        "scale_factor": config.get("scaling_factor", 0.18215),
-        "num_groups": config.get("norm_num_groups", 32),
-    }
-
-
-def text_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hub text encoder's config -> fields of TextConfig."""
-    if config.get("architectures") not in (None, ["CLIPTextModel"]):
-        raise ValueError(f"its text encoder is {config['architectures']}, not CLIPTextModel")
-    return {f.name: config[f.name] for f in fields(TextConfig) if f.name in config}
-
-
-def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a scheduler_config.json of a model that was trained otherwise than v1."""
-    for key, value in _SCHEDULE.items():
-        if key in config and config[key] != value:
-            raise ValueError(f"it was trained with {key} = {config[key]!r}, and v1 with {value!r}")
-    for key in ("beta_start", "beta_end"):
-        if key in config and not (type(config[key]) is float and 0 < config[key] < 1):
-            raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no share of noise")
-    if config.get("beta_start", 0.00085) > config.get("beta_end", 0.012):
-        raise ValueError("it was trained with beta_end smaller than beta_start")
-    for key, least in (("num_train_timesteps", 2), ("steps_offset", 0)):
-        if key in config and not (type(config[key]) is int and least <= config[key] <= 100_000):
-            raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no number of steps")
-    if not isinstance(config.get("set_alpha_to_one", False), bool):
-        raise ValueError(f"it was trained with set_alpha_to_one = {config['set_alpha_to_one']!r}, not true or false")
-
-
-_SOLVERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "LMSDiscreteScheduler": "lms"}
-_SCHEDULE_FIELDS = ("beta_start", "beta_end", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
-
-
-def defaults_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler_config.json that `check_schedule` let pass -> a model's defaults, as plain data.
-
-    A solver that is not here leaves v1's, "pndm". A value that is left out is v1's, whatever the class of
-    diffusers has: its DDIM would end at abar 1, which is wrong for Stable Diffusion.
-    """
-    schedule = {key: config[key] for key in _SCHEDULE_FIELDS if key in config}
-    if "steps_offset" in schedule:
-        schedule["steps_offset"] = 1  # diffusers' StableDiffusionPipeline puts it there, whatever the file says
-    solver = config.get("_class_name")
-    steps = {"num_inference_steps": min(50, config.get("num_train_timesteps", 50))}
-    return steps | {"scheduler": _SOLVERS.get(str(solver), "pndm"), "schedule": schedule}
+    parts = split(tensors)[0]
+    return "Stable Diffusion v1" if any(name in parts[part] for part, name in MARKS.items()) else "unknown"

@@ -1,35 +1,32 @@
-"""What is at a source, before a model is made of it: `find`, and `info` for people who want to know.
+"""What is at a source, before a model is made of it: `find`, and `modules`, into which its tensors fit.
 
 Nothing here reads weights: tensors are names, shapes and a memory map.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..files import SmallFileError, read_json
-from ..text import TextConfig, own_names
+from ..files import SmallFileError, parse_json, read_json
+from ..text import TextConfig, own_names, text_shapes
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import hub, names
 from .checkpoint import read
+from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
+from .defaults import Defaults, check_schedule, defaults_from_hub, prediction_type
 from .tokenizer import read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
-
-
-class LoadError(ValueError):
-    """A source that cannot become a model; the message is one sentence: what is wrong, and what to do."""
 
 
 @dataclass
@@ -45,7 +42,8 @@ class Source:
     tokenizer: dict[str, str] | None = None
     size: int | None = None
     known_words: list[str] | None = None
-    defaults: dict[str, Any] = field(default_factory=dict)  # of a drawing, as far as the source tells
+    defaults: Defaults | None = None  # of a drawing, as far as the source tells
+    prediction_type: str = "epsilon"
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
     maps: list[tuple[Path, mmap]] = field(default_factory=list)  # of all files that tensors are mapped from
@@ -98,23 +96,26 @@ def find_file(path: Path, name: str) -> Source:
     file = read(path)
     parts, unknown = names.split(file.tensors)
     found = Source(name, "CompVis file", parts, unknown, path, tensors=file.tensors, metadata=file.metadata)
+    found.prediction_type = prediction_type(path, file.metadata, file.tensors)
     found.maps = [(path, file.map)]
     if METADATA in file.metadata:
         try:
-            ours = json.loads(file.metadata[METADATA])
+            ours = parse_json(file.metadata[METADATA])
             found.configs, found.tokenizer = ours["config"], ours["tokenizer"]
             found.size, found.known_words = ours["image_size"], ours["known_words"]
-            found.defaults = ours.get("defaults") or {}  # files of version 0.1 have none
             found.kind = "self-contained file"
             sound = all(isinstance(found.configs[part], dict) for part in names.PARTS)
             sound &= all(isinstance(found.tokenizer[name], str) for name in names.TOKENIZER_FILES)
-            sound &= isinstance(found.defaults, dict)
             sound &= type(found.size) is int and found.size > 0
             sound &= all(isinstance(word, str) for word in found.known_words or [])
             if not sound:
                 raise ValueError("values of other types")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise LoadError(f"{path} has damaged metadata ({error!r}): convert it again.") from None
+        try:
+            found.defaults = Defaults.from_dict(ours.get("defaults") or {})  # files of version 0.1 have none
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LoadError(f"{path} has defaults that cannot be used ({error}): convert it again.") from None
     return found
 
 
@@ -156,7 +157,7 @@ def describe_folder(
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
     found = Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
     if (folder / "scheduler/scheduler_config.json").exists():
-        found.defaults = names.defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"))
+        found.defaults = defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"))
     return found
 
 
@@ -189,15 +190,14 @@ def read_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """The sizes of the three parts. Raises LoadError for what is no Stable Diffusion v1."""
     try:
         configs = {
-            "unet": names.unet_from_hub(read_config_file(folder, name, "unet/config.json")),
-            "vae": names.vae_from_hub(read_config_file(folder, name, "vae/config.json")),
-            "text": names.text_from_hub(read_config_file(folder, name, "text_encoder/config.json")),
+            "unet": unet_from_hub(read_config_file(folder, name, "unet/config.json")),
+            "vae": vae_from_hub(read_config_file(folder, name, "vae/config.json")),
+            "text": text_from_hub(read_config_file(folder, name, "text_encoder/config.json")),
         }
         if (folder / "scheduler/scheduler_config.json").exists():
-            names.check_schedule(read_config_file(folder, name, "scheduler/scheduler_config.json"))
-        config_of(UNetConfig, configs["unet"])
-        config_of(VAEConfig, configs["vae"])
-        config_of(TextConfig, configs["text"])
+            check_schedule(read_config_file(folder, name, "scheduler/scheduler_config.json"))
+        for part, (kind, _) in PARTS.items():
+            config_of(kind, configs[part])
     except LoadError:
         raise
     except (ValueError, TypeError) as error:
@@ -220,6 +220,11 @@ def refuse_other_kinds(found: Source) -> None:
             f"{found.name} holds {what}: this library draws with Stable Diffusion v1 (text to image) only; "
             "give a v1 checkpoint, such as CompVis/stable-diffusion-v1-4."
         )
+    if found.prediction_type != "epsilon":
+        raise LoadError(
+            f"{found.name} says that it predicts {found.prediction_type!r}: this library draws only with models that "
+            "predict the noise (epsilon); give one of those."
+        )
     if found.unknown:
         more = f" and {len(found.unknown) - 3} more" if len(found.unknown) > 3 else ""
         raise LoadError(
@@ -238,138 +243,65 @@ def ema_weights(found: Source) -> dict[str, Tensor]:
     return {name: found.tensors[flat] for name, flat in table.items()}
 
 
-ACTIVATIONS = ("quick_gelu", "gelu")  # of a text encoder; v1's is the first
-LIST = 8  # the most levels of a UNet or a VAE
-
-# What each field of a config may be: a whole number from 1 to this; a tuple of them; a number between 0 and this; or,
-# for hidden_act, one of ACTIVATIONS. Every size is bounded: a file's word for it must not make us build layers for
-# hours.
-WIDTH, DEEP = 1 << 17, 64
-WHOLE: dict[str, int] = {
-    **dict.fromkeys(["in_channels", "out_channels", "out_ch", "z_channels", "model_channels", "ch"], WIDTH),
-    **dict.fromkeys(["context_dim", "hidden_size", "intermediate_size", "vocab_size", "num_groups"], WIDTH),
-    **dict.fromkeys(["num_heads", "num_attention_heads", "max_position_embeddings"], WIDTH),
-    **{"num_res_blocks": 16, "transformer_depth": DEEP, "num_hidden_layers": 128},
-}
-SEVERAL: dict[str, int] = {"channel_mult": DEEP, "ch_mult": DEEP, "attention_resolutions": WIDTH}
-FACTORS: dict[str, float] = {"scale_factor": 1e6, "layer_norm_eps": 1.0}
+# ---- the networks that its tensors are of
 
 
-def fits(field: str, value: Any) -> bool:
-    """Whether a field of a config can have this value."""
-    if field in WHOLE:
-        return type(value) is int and 0 < value <= WHOLE[field]
-    if field in SEVERAL:
-        if not isinstance(value, tuple) or len(value) > LIST or (not value and field != "attention_resolutions"):
-            return False
-        return all(type(n) is int and 0 < n <= SEVERAL[field] for n in value)
-    if field in FACTORS:
-        return type(value) in (int, float) and 0 < value < FACTORS[field]
-    return field == "hidden_act" and value in ACTIVATIONS
-
-
-def config_of(kind: type, settings: Mapping[str, Any]) -> Any:
-    """A config dataclass from fields, with lists (of JSON) as tuples. Raises LoadError for values that do not fit."""
-    known = sorted(f.name for f in fields(kind))
-    unknown = sorted(settings.keys() - set(known))
-    if unknown:
-        raise LoadError(f"config: {kind.__name__} has no {unknown[0]!r}; its fields are {', '.join(known)}.")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    for key, value in settings.items():
-        if not fits(key, value):
-            raise LoadError(f"config: {kind.__name__} cannot have {key} = {value!r}: give it a usable size.")
-    config = kind(**settings)
-    if kind is TextConfig:
-        divided = {"num_attention_heads": [config.hidden_size]}
-    elif kind is VAEConfig:
-        divided = {"num_groups": [config.ch * m for m in (1, *config.ch_mult)]}
-    else:
-        widths = [config.model_channels * m for m in (1, *config.channel_mult)]
-        divided = {"num_groups": widths, "num_heads": widths[1:]}
-    for key, widths in divided.items():
-        if odd := [width for width in widths if width % getattr(config, key)]:
-            part = kind.__name__.removesuffix("Config").lower()
+def sizes(found: Source, config: Mapping[str, Any]) -> tuple[UNetConfig, VAEConfig, TextConfig]:
+    """What the source tells of the sizes, or else its shapes; `config` overrides both. Raises LoadError."""
+    result = []
+    for part, (kind, infer) in PARTS.items():
+        if not found.parts[part]:
             raise LoadError(
-                f"config: {odd[0]} channels cannot be split by {key} = {getattr(config, key)}: "
-                f'give it as config, {{"{part}": {{"{key}": ...}}}}.'
+                f"{found.name} has no {names.PARTS[part]}: a model needs all three parts (UNet, VAE, text "
+                "encoder) in one file; give the full checkpoint or the repository."
             )
-    return config
-
-
-# ---- looking
-
-
-def info(
-    source: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    token: Any = None,
-) -> dict[str, Any]:
-    """What a source holds, as plain data, without loading its weights; also of files that `load` refuses."""
-    found = find(source, revision=revision, variant=variant, token=token, look=True)
-    problem = found.problem
-    if problem is None:
-        try:
-            refuse_other_kinds(found)
-        except LoadError as error:
-            problem = str(error)
-    tensors = found.tensors or {f"{p}.{n}": t for p, ts in found.parts.items() for n, t in ts.items()}
-    prefixed = found.tensors or {names.PREFIXES[p] + n: t for p, ts in found.parts.items() for n, t in ts.items()}
-    configs = dict(found.configs)
-    for part, infer in (("unet", names.infer_unet), ("vae", names.infer_vae), ("text", names.infer_text)):
-        if part not in configs and found.parts[part]:
+        settings = found.configs.get(part)
+        if settings is None:
             try:
-                configs[part] = infer(found.parts[part])
-            except (KeyError, IndexError, ValueError, ZeroDivisionError):
-                configs[part] = {}
+                settings = infer(found.parts[part])
+            except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+                raise LoadError(
+                    f"{found.name} has a {names.PARTS[part]} that is not Stable Diffusion v1's or is incomplete: "
+                    f"tensor {error} is missing or misshapen; give another file, or its sizes as config= (--config)."
+                ) from None
+        result.append(config_of(kind, {**settings, **config.get(part, {})}))
+    return tuple(result)
 
-    def sums(ts: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {
-            "tensors": len(ts),
-            "parameters": sum(t.numel() for t in ts.values()),
-            "bytes": sum(t.numel() * t.element_size() for t in ts.values()),
-            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ts.values()}),
-        }
 
-    return {
-        "source": found.name,
-        "form": found.kind,
-        "kind": names.kind_of(prefixed),
-        "total": sums(tensors),
-        "parts": {part: sums(ts) | {"config": configs.get(part)} for part, ts in found.parts.items() if ts},
-        "ema": any(n.startswith("model_ema.diffusion_model") for n in tensors),
-        "tokenizer": found.tokenizer is not None,
-        "image_size": found.size,
-        "unknown": found.unknown,
-        "problem": problem,
-        "metadata": {k: v for k, v in found.metadata.items() if k != METADATA},
+def modules(found: Source, config: Mapping[str, Any]) -> tuple[UNet, VAE, TextConfig]:
+    """UNet and VAE on the meta device, and the sizes of the text encoder.
+
+    Raises LoadError, naming some tensors, unless the source has just those of the three parts.
+    """
+    unet_config, vae_config, text = sizes(found, config)
+    with torch.device("meta"):
+        unet, vae = UNet(unet_config), VAE(vae_config)
+    for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
+        check(found, part, shapes)
+    return unet, vae, text
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise LoadError unless a part has just these tensors in these shapes; the message names some that differ."""
+    tensors = found.parts[part]
+    wrong = {
+        "is missing": [name for name in shapes if name not in tensors],
+        "is surplus": [name for name in tensors if name not in shapes],
+        "has the wrong shape": [
+            f"{name} is {tuple(tensors[name].shape)}, not {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+        "is not of floating point": [name for name, t in tensors.items() if not t.is_floating_point()],
     }
-
-
-def format_info(facts: Mapping[str, Any]) -> str:
-    """What `info` found, for people."""
-    total = facts["total"]
-    lines = [
-        f"{facts['source']}: {facts['kind']}, {facts['form']}",
-        f"{total['tensors']:,} tensors, {total['bytes'] / 1e6:,.1f} MB, {', '.join(total['dtypes'])}",
-    ]
-    for part, p in facts["parts"].items():
-        lines.append(
-            f"{names.PARTS[part]:13} {p['parameters']:>13,} parameters in {p['tensors']} tensors, "
-            f"{', '.join(p['dtypes'])}"
-        )
-        if p["config"]:
-            lines.append("              " + ", ".join(f"{k}={v}" for k, v in p["config"].items()))
-    lines.append(f"EMA weights   {'yes: --ema takes them' if facts['ema'] else 'no'}")
-    lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else 'none: CLIP’s is taken from the Hub'}")
-    if facts["metadata"]:
-        lines.append("metadata      " + ", ".join(f"{k}={str(v)[:60]}" for k, v in facts["metadata"].items()))
-    if facts["unknown"]:
-        shown = ", ".join(facts["unknown"][:5])
-        lines.append(
-            f"unknown       {len(facts['unknown'])} tensors: {shown}{', ...' if facts['unknown'][5:] else ''}"
-        )
-    if facts["problem"]:
-        lines.append(f"not loaded    {facts['problem']}")
-    return "\n".join(lines)
+    for what, bad in wrong.items():
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise LoadError(
+                f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
+                "the file is incomplete or not of Stable Diffusion v1."
+            )

@@ -1,0 +1,97 @@
+"""What a source holds, for people who want to know: `info`, also of files that `load` refuses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..files import printable
+from . import names
+from .configs import PARTS, LoadError
+from .source import METADATA, find, modules, refuse_other_kinds
+
+
+def info(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: Any = None,
+) -> dict[str, Any]:
+    """What a source holds, as plain data, without loading its weights; also of files that `load` refuses.
+
+    `problem` says why `load` refuses it; it is None where `load` takes it (a tokenizer may be missing all the same).
+    """
+    found = find(source, revision=revision, variant=variant, token=token, look=True)
+    problem = found.problem
+    if problem is None:
+        try:
+            refuse_other_kinds(found)
+            modules(found, {})
+        except LoadError as error:
+            problem = str(error)
+    tensors = found.tensors or {f"{p}.{n}": t for p, ts in found.parts.items() for n, t in ts.items()}
+    prefixed = found.tensors or {names.PREFIXES[p] + n: t for p, ts in found.parts.items() for n, t in ts.items()}
+    configs = dict(found.configs)
+    for part, (_, infer) in PARTS.items():
+        if part not in configs and found.parts[part]:
+            try:
+                configs[part] = infer(found.parts[part])
+            except (KeyError, IndexError, ValueError, ZeroDivisionError):
+                configs[part] = {}
+
+    def sums(ts: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {
+            "tensors": len(ts),
+            "parameters": sum(t.numel() for t in ts.values()),
+            "bytes": sum(t.numel() * t.element_size() for t in ts.values()),
+            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ts.values()}),
+        }
+
+    return {
+        "source": found.name,
+        "form": found.kind,
+        "kind": names.kind_of(prefixed),
+        "total": sums(tensors),
+        "parts": {part: sums(ts) | {"config": configs.get(part)} for part, ts in found.parts.items() if ts},
+        "ema": any(n.startswith("model_ema.diffusion_model") for n in tensors),
+        "tokenizer": found.tokenizer is not None,
+        "image_size": found.size,
+        "unknown": found.unknown,
+        "problem": problem,
+        "metadata": {k: v for k, v in found.metadata.items() if k != METADATA},
+    }
+
+
+def format_info(facts: Mapping[str, Any]) -> str:
+    """What `info` found, for people."""
+    total = facts["total"]
+    lines = [
+        f"{printable(facts['source'])}: {facts['kind']}, {facts['form']}",
+        f"{total['tensors']:,} tensors, {total['bytes'] / 1e6:,.1f} MB, {', '.join(total['dtypes'])}",
+    ]
+    for part, p in facts["parts"].items():
+        lines.append(
+            f"{names.PARTS[part]:13} {p['parameters']:>13,} parameters in {p['tensors']} tensors, "
+            f"{', '.join(p['dtypes'])}"
+        )
+        if p["config"]:
+            lines.append("              " + ", ".join(f"{k}={printable(v, 60)}" for k, v in p["config"].items()))
+    lines.append(f"EMA weights   {'yes: --ema takes them' if facts['ema'] else 'no'}")
+    none = "none of its own: CLIP's is looked for when a text is encoded"
+    lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else none}")
+    if facts["metadata"]:
+        some = list(facts["metadata"].items())[:20]
+        more = f", and {len(facts['metadata']) - 20} more" if len(facts["metadata"]) > 20 else ""
+        lines.append("metadata      " + ", ".join(f"{printable(k, 60)}={printable(v, 60)}" for k, v in some) + more)
+    if facts["unknown"]:
+        shown = ", ".join(printable(name, 100) for name in facts["unknown"][:5])
+        lines.append(
+            f"unknown       {len(facts['unknown'])} tensors: {shown}{', ...' if facts['unknown'][5:] else ''}"
+        )
+    if facts["problem"]:
+        lines.append(f"not loaded    {printable(facts['problem'], 600)}")
+    return "\n".join(lines)
