@@ -116,7 +116,7 @@ def test_a_folder_with_shards(folder, tiny, capsys):
     for part in ("unet", "text"):
         ours, theirs = getattr(model, part).state_dict(), getattr(tiny, part).state_dict()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert {path.name for path, _ in model.files._maps} == {
+    assert {path.name for path, *_ in model.files._maps} == {
         "diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors",
         "diffusion_pytorch_model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     }  # fmt: skip

@@ -195,9 +195,6 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(logging.CRITICAL + 1)
             if _before[1]:
                 constants.DOWNLOAD_CHUNK_SIZE = min(CHUNK, _before[1])
-            for handler in logger.handlers:
-                if not any(isinstance(f, Silent) for f in handler.filters):
-                    handler.addFilter(Silent())
         _calls += 1
     try:
         yield
@@ -205,16 +202,26 @@ def quiet() -> Iterator[None]:
         with _lock:
             _calls -= 1
             if _calls == 0:
+                silence_threads()
                 logger.setLevel(_before[0])
                 if _before[1]:
                     constants.DOWNLOAD_CHUNK_SIZE = _before[1]
 
 
 class Silent(logging.Filter):
-    """Keeps back what a thread says that was given up: it may still be trying when the log is open again."""
+    """Keeps back what our threads say, and nobody else."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.threadName != THREAD or record.levelno <= logging.DEBUG
+
+
+def silence_threads() -> None:
+    """For threads that were given up: they may still be trying when the client's log is open again."""
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if not isinstance(logger, logging.Logger) or not f"{name}.".startswith("huggingface_hub."):
+            continue
+        if not any(isinstance(f, Silent) for f in logger.filters):
+            logger.addFilter(Silent())
 
 
 # ---- reading
