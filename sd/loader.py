@@ -26,7 +26,7 @@ from .weights import hub, names
 from .weights.checkpoint import write_safetensors
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, LoadError, Source, config_of, ema_weights, find, refuse_other_kinds
-from .weights.tokenizer import clip_texts, read_tokenizer
+from .weights.tokenizer import check_added, clip_texts, read_tokenizer
 from .weights.unread import leave_in_file, tensors_of
 
 
@@ -130,8 +130,11 @@ def build(
         goal = {"device": devices["text"], "dtype": dtypes["text"]}
     try:
         encoder = TextEncoder(text, found.parts["text"], texts, found.known_words, **goal)
+        check_added(text.vocab_size, {} if callable(texts) else texts)
     except ValueError as error:
-        raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
+        raise LoadError(
+            f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer= (--tokenizer)."
+        ) from None
     try:
         defaults = Defaults.from_dict(found.defaults)
     except (ValueError, TypeError, AttributeError) as error:
@@ -201,7 +204,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
 
 
 def find_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts | Callable[[], Texts]:
-    """The texts of vocab.json and merges.txt: from the folder given, else the source; else how to get CLIP's."""
+    """The texts of a tokenizer: of the folder given, else the source's; else how to get CLIP's."""
     if folder is not None:
         try:
             if texts := read_tokenizer(Path(folder)):
@@ -251,7 +254,7 @@ def save(
             "vae": asdict(model.vae.config),
             "text": asdict(model.text.config),
         },
-        "tokenizer": {"vocab.json": model.text.vocab, "merges.txt": model.text.merges},
+        "tokenizer": dict(model.text.texts),
         "image_size": model.size,
         "defaults": model.defaults.as_dict(),
         "known_words": sorted(model.text.known_words) if model.text.known_words else None,

@@ -285,7 +285,7 @@ def other_tokenizers(a: Source, b: Source) -> bool:
     def meaning(texts: dict[str, str]) -> Any:
         merges = [line.strip() for line in texts["merges.txt"].split("\n")[1:] if line.strip()]  # the head: a version
         try:
-            return json.loads(texts["vocab.json"]), merges
+            return json.loads(texts["vocab.json"]), merges, json.loads(texts.get("added_tokens.json", "[]"))
         except (ValueError, RecursionError):
             return texts
 

@@ -29,6 +29,9 @@ SMALL = (
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
     "tokenizer/tokenizer.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
     "scheduler/scheduler_config.json",
 )
 

@@ -21,7 +21,7 @@ from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import hub, names
 from .checkpoint import read
-from .tokenizer import read_tokenizer
+from .tokenizer import ADDED, read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
@@ -104,6 +104,10 @@ def find_file(path: Path, name: str) -> Source:
             found.kind = "self-contained file"
             sound = all(isinstance(found.configs[part], dict) for part in names.PARTS)
             sound &= all(isinstance(found.tokenizer[name], str) for name in names.TOKENIZER_FILES)
+            sound &= isinstance(found.tokenizer.get(ADDED, ""), str)
+            found.tokenizer = {
+                name: found.tokenizer[name] for name in (*names.TOKENIZER_FILES, ADDED) if name in found.tokenizer
+            }
             sound &= isinstance(found.defaults, dict)
             sound &= type(found.size) is int and found.size > 0
             sound &= all(isinstance(word, str) for word in found.known_words or [])
