@@ -135,13 +135,14 @@ class TextEncoder:
         self.known_words = frozenset(known_words) if known_words is not None else None
         self._find = texts if callable(texts) else None
         self._texts = None if callable(texts) else sound_tokenizer(config, texts)
+        self._tokenizers: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] | None = own_names(tensors)  # until they are in the model
         first = next(iter(self._tensors.values()))
         self._target = device or first.device, dtype or first.dtype
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> TextEncoder:
         """An encoder of the same sizes, tokenizer and words, with these weights."""
-        return TextEncoder(self.config, tensors, self._texts or self._given, self.known_words)
+        return TextEncoder(self.config, tensors, self._texts or (lambda: self.texts), self.known_words)
 
     def as_stored(self) -> TextEncoder:
         """This encoder; or, while its weights are in the file, one that shares them as they are there."""
@@ -155,9 +156,6 @@ class TextEncoder:
         result._model, result._tensors = model, None
         return result
 
-    def _given(self) -> Texts:
-        return self.texts
-
     @property
     def texts(self) -> Texts:
         """Those of the tokenizer, by file. Raises ValueError where they cannot be found, or do not fit."""
@@ -168,10 +166,8 @@ class TextEncoder:
                 try:
                     self._texts = sound_tokenizer(self.config, texts)
                 except ValueError as error:
-                    raise ValueError(
-                        f"The tokenizer does not fit the text encoder: {error}; give another as tokenizer= "
-                        "(--tokenizer)."
-                    ) from None
+                    remedy = "give another as tokenizer= (--tokenizer)"
+                    raise ValueError(f"The tokenizer does not fit the text encoder: {error}; {remedy}.") from None
             return self._texts
 
     @property
@@ -184,21 +180,18 @@ class TextEncoder:
 
     @property
     def tokenizer(self) -> Any:
-        with _MAKING:
-            if self._tokenizer is None:
-                self._tokenizer = self._make_tokenizer()
-            return self._tokenizer
+        return self._made("theirs")
 
     @property
     def _own(self) -> Any:
         """The tokenizer that nobody else calls. Never padding or cutting, it never changes, so it needs no lock."""
-        with _MAKING:
-            if self._own_tokenizer is None:
-                self._own_tokenizer = self._make_tokenizer()
-            return self._own_tokenizer
+        return self._made("ours")
 
-    _tokenizer: Any = None
-    _own_tokenizer: Any = None
+    def _made(self, whose: str) -> Any:
+        with _MAKING:
+            if whose not in self._tokenizers:
+                self._tokenizers[whose] = self._make_tokenizer()
+            return self._tokenizers[whose]
 
     def _make_tokenizer(self) -> Any:
         texts = self.texts
@@ -257,19 +250,11 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self._computes_in[0]
+        return self._target[0] if self._tensors is not None else next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._computes_in[1]
-
-    @property
-    def _computes_in(self) -> tuple[torch.device, torch.dtype]:
-        with _MAKING:
-            if self._tensors is not None:
-                return self._target
-            first = next(self.model.parameters())
-            return first.device, first.dtype
+        return self._target[1] if self._tensors is not None else next(self.model.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
         """Move and convert, in place, tensor by tensor."""
@@ -323,23 +308,20 @@ class TextEncoder:
 
     def ends(self, ids: list[int]) -> list[bool]:
         """Whether each token is the last one of a word: by its spelling, or as a word that the tokenizer adds."""
-        added = self._own.added_tokens_decoder
-        pieces = self._own.convert_ids_to_tokens(ids)
-        return [piece.endswith("</w>") or i in added for i, piece in zip(ids, pieces, strict=True)]
+        added, spelling = self._own.added_tokens_decoder, self._own.convert_ids_to_tokens
+        return [i in added or spelling(i).endswith("</w>") for i in ids]
 
     def _warn(self, text: str, ids: list[int]) -> None:
         length = self.config.max_position_embeddings
         if len(ids) > length:
-            dropped = self.text_of(ids[length - 1 : -1])
-            dropped = dropped if len(dropped) <= 1000 else dropped[:1000] + " ..."
+            dropped = self.text_of(ids[length - 1 : -1])[:1000]
             warnings.warn(f'The prompt is cut after {length - 2} tokens; dropped: "{dropped}".', stacklevel=4)
         if self.known_words is not None:
             words = dict.fromkeys(re.findall("[a-z]+", text.lower()))  # each once, in order
-            unknown = [f'"{word[:100]}"' for word in words if word not in self.known_words]
+            unknown = [f'"{word}"' for word in words if word not in self.known_words]
             if unknown:
-                more = f" and {len(unknown) - 20} other words" if len(unknown) > 20 else ""
                 warnings.warn(
-                    f"This model was not trained on {', '.join(unknown[:20])}{more} and will not draw that as you "
+                    f"This model was not trained on {', '.join(unknown)[:1000]} and will not draw that as you "
                     "mean it; choose one that was with --model (in Python: sd.load), such as --model sd-v1-4.ckpt.",
                     stacklevel=4,
                 )

@@ -89,12 +89,11 @@ def added_words(folder: Path) -> list[dict[str, Any]]:
         words = [{**table_of(word), "id": number_of(number)} for number, word in listed.items()]
     else:
         special = set(OWN)
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            for table in (config, content("special_tokens_map.json")):
-                names = table.get(key)
-                for name in names if isinstance(names, list) else ():
-                    name = name.get("content") if isinstance(name, dict) else name
-                    special |= {name} if isinstance(name, str) else set()
+        listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")  # its older name
+        for names in (listed, content("special_tokens_map.json").get("extra_special_tokens")):
+            for name in names if isinstance(names, list) else ():
+                name = name.get("content") if isinstance(name, dict) else name
+                special |= {name} if isinstance(name, str) else set()
         words = [{"content": text, "id": i, "special": text in special} for text, i in content(ADDED).items()]
         words += [table_of(word) for word in content("tokenizer.json", "added_tokens")]
     by_id = {}

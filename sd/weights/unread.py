@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -161,6 +162,14 @@ def read_weights(part: nn.Module) -> nn.Module:
     if unread := _UNREAD.get(part):
         unread.read()
     return part
+
+
+@contextmanager
+def at_rest(part: nn.Module) -> Iterator[None]:
+    """Within the block no other thread reads the part: its parameters may be shared by a copy meanwhile."""
+    unread = _UNREAD.get(part)
+    with unread.lock if unread else nullcontext():
+        yield
 
 
 def target(part: nn.Module) -> Target | None:
