@@ -187,6 +187,7 @@ def computes_in(part: nn.Module) -> Target:
 def tensors_of(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Of every parameter its name, the tensor as it is now, and the dtype that the part computes with it in."""
     unread = _UNREAD.get(part)
-    for name, parameter in part.named_parameters():
-        mapped = unread is not None and parameter.data_ptr() in unread.pointers
-        yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
+    with at_rest(part):  # all of them at one moment
+        for name, parameter in part.named_parameters():
+            mapped = unread is not None and parameter.data_ptr() in unread.pointers
+            yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
