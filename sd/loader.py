@@ -209,11 +209,12 @@ def find_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any)
         try:
             if texts := read_tokenizer(Path(folder)):
                 return texts
-            reason = "they are not there"
+            reason = "no vocabulary is there"
         except ValueError as error:
             reason = str(error)
         raise LoadError(
-            f"The tokenizer folder {folder} cannot be read ({reason}): it needs vocab.json and merges.txt."
+            f"The tokenizer folder {folder} cannot be read ({reason}): give one with vocab.json and "
+            "merges.txt, or tokenizer.json, as tokenizer= (--tokenizer)."
         )
     return found.tokenizer or partial(clip_texts, found.name, token)
 
