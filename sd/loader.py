@@ -24,7 +24,7 @@ from .weights.checkpoint import write_safetensors
 from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
-from .weights.tokenizer import clip_texts, read_tokenizer
+from .weights.tokenizer import check_added, clip_texts, read_tokenizer
 from .weights.unread import leave_in_file, tensors_of
 
 
@@ -110,8 +110,11 @@ def build(
         goal = {"device": devices["text"], "dtype": dtypes["text"]}
     try:
         encoder = TextEncoder(text, found.parts["text"], texts, found.known_words, **goal)
+        check_added(text.vocab_size, {} if callable(texts) else texts)
     except ValueError as error:
-        raise LoadError(f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer=.") from None
+        raise LoadError(
+            f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer= (--tokenizer)."
+        ) from None
     return StableDiffusion(
         unet.eval(),
         vae.eval(),
@@ -151,16 +154,17 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
 
 
 def find_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts | Callable[[], Texts]:
-    """The texts of vocab.json and merges.txt: from the folder given, else the source; else how to get CLIP's."""
+    """The texts of a tokenizer: of the folder given, else the source's; else how to get CLIP's."""
     if folder is not None:
         try:
             if texts := read_tokenizer(Path(folder)):
                 return texts
-            reason = "they are not there"
+            reason = "no vocabulary is there"
         except ValueError as error:
             reason = str(error)
         raise LoadError(
-            f"The tokenizer folder {folder} cannot be read ({reason}): it needs vocab.json and merges.txt."
+            f"The tokenizer folder {folder} cannot be read ({reason}): give one with vocab.json and "
+            "merges.txt, or tokenizer.json, as tokenizer= (--tokenizer)."
         )
     return found.tokenizer or partial(clip_texts, found.name, token)
 
@@ -201,7 +205,7 @@ def save(
             "vae": asdict(model.vae.config),
             "text": asdict(model.text.config),
         },
-        "tokenizer": {"vocab.json": model.text.vocab, "merges.txt": model.text.merges},
+        "tokenizer": dict(model.text.texts),
         "image_size": model.size,
         "defaults": model.defaults.as_dict(),
         "known_words": sorted(model.text.known_words) if model.text.known_words else None,

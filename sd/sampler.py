@@ -9,6 +9,7 @@ Whoever calls the UNet here says what the call is for (`Call`), so that instrume
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -250,8 +251,14 @@ class SimpleSampler:
 
         given = prompt if prompt_embeds is None else prompt_embeds
         negatives = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None and not isinstance(embeds, Tensor):
+                raise ValueError(f"{name} must be a tensor, not {reprlib.repr(embeds)}; texts are a prompt.")
         context = self._encode(given, "prompt", None)
         negative = self._encode(negatives, "negative_prompt", len(context)) if guidance_scale > 1 else None
+        if negative is not None and negative.shape[1] != context.shape[1]:
+            lengths = f"prompt has {context.shape[1]} tokens and negative_prompt {negative.shape[1]}"
+            raise ValueError(f"{lengths}: give embeddings of the same length for both.")
         context = context.repeat_interleave(num_images_per_prompt, dim=0)
         if negative is not None:
             negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
@@ -270,6 +277,8 @@ class SimpleSampler:
     def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         f, channels = self.model.vae.config.downsampling, self.model.unet.config.in_channels
         if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise ValueError(f"latents must be a tensor, not {reprlib.repr(latents)}.")
             if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
                 raise ValueError(
                     f"latents must be floating-point, of shape (images, {channels}, height/{f}, width/{f}), "
@@ -291,15 +300,19 @@ class SimpleSampler:
         """(P, 77, C) on the UNet's device; `count`: how many are wanted, where it is known."""
         if isinstance(prompt, Tensor):
             wanted = self.model.unet.config.context_dim
-            if prompt.ndim != 3 or prompt.shape[-1] != wanted:
+            usable = prompt.is_floating_point() and prompt.layout == torch.strided and not prompt.is_meta
+            if prompt.ndim != 3 or prompt.shape[-1] != wanted or not prompt.numel() or not usable:
                 raise ValueError(
-                    f"{name} embeddings must be of shape (prompts, 77, {wanted}), not {tuple(prompt.shape)}."
+                    f"{name} embeddings must be of shape (prompts, 77, {wanted}), dense, floating-point, not empty, "
+                    f"not {tuple(prompt.shape)} of {prompt.dtype} ({prompt.layout}, {prompt.device})."
                 )
             context = prompt.to(device=self.model.device, dtype=self.model.dtype)
+            if not context.isfinite().all():
+                raise ValueError(f"{name} embeddings have NaN or infinity in {context.dtype}: give finite ones.")
         else:
             texts = prompt_list(prompt)
             if not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r}.")
+                raise ValueError(f"{name} must be a text or a list of texts, not {reprlib.repr(prompt)}.")
             context = self.encode_prompt(texts)
         if count is not None and len(context) != count:
             if len(context) != 1:

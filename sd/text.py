@@ -1,7 +1,7 @@
 """From prompts to embeddings: transformers' CLIP (Radford et al. 2021, arXiv:2103.00020), tokenizer and model.
 
-Importing transformers takes seconds, so a `TextEncoder` begins as what a file holds, sizes, tensors and the two
-texts of a tokenizer, and makes the model and the tokenizer of them when they are first used.
+Importing transformers takes seconds, so a `TextEncoder` begins as what a file holds, sizes, tensors and the texts
+of a tokenizer, and makes the model and the tokenizer of them when they are first used.
 
 Tensors have their names in CompVis files, without `cond_stage_model.transformer.text_model.`. That is what
 `CLIPTextModel` of transformers 5.6 and later calls them; earlier ones put `text_model.` before every name.
@@ -17,8 +17,8 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
+from reprlib import repr as short  # of a prompt of megabytes, too
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # the end of text is also what fills up to 77 tokens
 
-Texts = Mapping[str, str]  # of a tokenizer: "vocab.json" and "merges.txt"
+LONGEST = 100_000  # characters of a prompt, of which the model reads some hundreds
+
+Texts = Mapping[str, str]  # of a tokenizer: "vocab.json", "merges.txt", and "added_tokens.json" where it adds words
 
 _MAKING = threading.RLock()
 
@@ -103,19 +105,23 @@ def sound_tokenizer(config: TextConfig, texts: Texts) -> Texts:
     # Tokenizers skip the first line, some of them whatever it says.
     merges = merges if merges.startswith("#version") else f"#version: 0.2\n{merges}"
     check_tokenizer(config, vocab, merges)
-    return {"vocab.json": vocab, "merges.txt": merges}
+    return {**texts, "merges.txt": merges}
 
 
 class TextEncoder:
     """Prompts to embeddings.
 
     config, tensors    sizes and weights; the names of either age of transformers are understood
-    texts              those of CLIP's vocab.json and merges.txt, by these names; or a function that gives them, which
-                       is called when a text is first encoded
+    texts              those of CLIP's vocab.json and merges.txt, by these names, and of added_tokens.json where there
+                       are words beside these: a list as "added_tokens" in a tokenizer.json, which
+                       `sd.weights.tokenizer` checks; or a function that gives them, called when a text is first
+                       encoded
     known_words        all words that the model was trained on, if they are few: others get a warning
     device, dtype      where and in what to compute; the tensors are moved and converted when they are first used
 
-    `.tokenizer` and `.model` are transformers' CLIPTokenizer and CLIPTextModel, made on first use.
+    `.tokenizer` and `.model` are transformers' CLIPTokenizer and CLIPTextModel, made on first use. Several threads
+    may use one encoder. A call of `.tokenizer` changes settings that the next call finds, in another thread too; so
+    it is for others alone, and what is encoded here is tokenized by one of our own, whose settings stay the same.
     Raises ValueError where the texts are no tokenizer of this encoder.
     """
 
@@ -133,41 +139,40 @@ class TextEncoder:
         self.known_words = frozenset(known_words) if known_words is not None else None
         self._find = texts if callable(texts) else None
         self._texts = None if callable(texts) else sound_tokenizer(config, texts)
+        self._tokenizers: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] | None = own_names(tensors)  # until they are in the model
         first = next(iter(self._tensors.values()))
         self._target = device or first.device, dtype or first.dtype
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> TextEncoder:
         """An encoder of the same sizes, tokenizer and words, with these weights."""
-        return TextEncoder(self.config, tensors, self._texts or self._given, self.known_words)
+        return TextEncoder(self.config, tensors, self._texts or (lambda: self.texts), self.known_words)
 
     def as_stored(self) -> TextEncoder:
         """This encoder; or, while its weights are in the file, one that shares them as they are there."""
-        return self if self._tensors is None else self.with_tensors(self._tensors)
+        with _MAKING:  # another thread may be converting them, or putting them into the model
+            return self if self._tensors is None else self.with_tensors(self._tensors)
 
     def with_model(self, model: Any) -> TextEncoder:
         """This encoder, computing by another model of the same sizes: a copy of `model` that streams weights, say."""
-        _ = self.tokenizer  # once for both
+        _ = self._own  # once for both
         result = copy.copy(self)
         result._model, result._tensors = model, None
         return result
 
-    def _given(self) -> Texts:
-        return {"vocab.json": self.vocab, "merges.txt": self.merges}
-
     @property
     def texts(self) -> Texts:
-        """The texts of vocab.json and merges.txt. Raises ValueError where they cannot be found, or do not fit."""
-        if self._texts is None:
-            assert self._find is not None
-            texts = self._find()
-            try:
-                self._texts = sound_tokenizer(self.config, texts)
-            except ValueError as error:
-                raise ValueError(
-                    f"The tokenizer does not fit the text encoder: {error}; give another as tokenizer= (--tokenizer)."
-                ) from None
-        return self._texts
+        """Those of the tokenizer, by file. Raises ValueError where they cannot be found, or do not fit."""
+        with _MAKING:
+            if self._texts is None:
+                assert self._find is not None
+                texts = self._find()
+                try:
+                    self._texts = sound_tokenizer(self.config, texts)
+                except ValueError as error:
+                    remedy = "give another as tokenizer= (--tokenizer)"
+                    raise ValueError(f"The tokenizer does not fit the text encoder: {error}; {remedy}.") from None
+            return self._texts
 
     @property
     def vocab(self) -> str:
@@ -177,17 +182,33 @@ class TextEncoder:
     def merges(self) -> str:
         return self.texts["merges.txt"]
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
-        texts = self.texts
-        from transformers import CLIPTokenizer
+        return self._made("theirs")
 
+    @property
+    def _own(self) -> Any:
+        """The tokenizer that nobody else calls. Never padding or cutting, it never changes, so it needs no lock."""
+        return self._made("ours")
+
+    def _made(self, whose: str) -> Any:
+        with _MAKING:
+            if whose not in self._tokenizers:
+                self._tokenizers[whose] = self._make_tokenizer()
+            return self._tokenizers[whose]
+
+    def _make_tokenizer(self) -> Any:
+        texts = self.texts
+        from transformers import AddedToken, CLIPTokenizer
+
+        more: dict[str, Any] = {"model_max_length": self.config.max_position_embeddings}
+        if words := json.loads(texts.get("added_tokens.json", "[]")):
+            more["added_tokens_decoder"] = {word.pop("id"): AddedToken(**word) for word in words}
         with tempfile.TemporaryDirectory() as folder:  # transformers 4 takes files only
             paths = [Path(folder, name) for name in ("vocab.json", "merges.txt")]
             for path in paths:
                 path.write_text(texts[path.name], encoding="utf-8")
-            length = self.config.max_position_embeddings
-            return CLIPTokenizer(*map(str, paths), model_max_length=length, clean_up_tokenization_spaces=True)
+            return CLIPTokenizer(*map(str, paths), clean_up_tokenization_spaces=True, **more)
 
     @property
     def model(self) -> Any:
@@ -228,7 +249,8 @@ class TextEncoder:
 
     def stored(self) -> dict[str, Tensor]:
         """The weights under our names, as they are now: in the file, until they are used."""
-        return self.state_dict() if self._tensors is None else self._tensors
+        with _MAKING:
+            return self.state_dict() if self._tensors is None else self._tensors
 
     @property
     def device(self) -> torch.device:
@@ -259,38 +281,51 @@ class TextEncoder:
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not texts:
-            raise ValueError(f"A prompt must be a text, or a list of texts, not {_short(prompts)}.")
-        for text in texts:
-            self._check(text)
+            raise ValueError(f"A prompt must be a text, or a list of texts, not {short(prompts)}.")
         length = self.config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids  # (B, 77)
-        return self.model(tokens.to(self.device))[0]
+        rows = []
+        for text in texts:
+            ids = self.ids(text)
+            self._warn(text, ids)
+            rows.append(self.cut(ids) + ids[-1:] * (length - len(ids)))
+        return self.model(torch.tensor(rows, device=self.device))[0]
 
-    def _check(self, text: Any) -> None:
+    def ids(self, text: str, what: str = "prompt") -> list[int]:
+        """The tokens of a text: START, those of the words, END; neither cut nor filled up. Raises ValueError."""
         if not isinstance(text, str):
-            raise ValueError(f"A prompt must be a text, not {_short(text)}.")
+            raise ValueError(f"A {what} must be a text, not {short(text)}.")
+        if len(text) > LONGEST:
+            raise ValueError(f"A {what} must have at most {LONGEST:,} characters, not {len(text):,}: shorten it.")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"A prompt must be valid Unicode, not {_short(text)}.") from error
+            raise ValueError(f"A {what} must be valid Unicode, not {short(text)}.") from error
+        return self._own(text, verbose=False).input_ids
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """As many of these as the model reads, the last one END."""
+        return ids[:-1][: self.config.max_position_embeddings - 1] + ids[-1:]
+
+    def text_of(self, ids: list[int]) -> str:
+        """The text that these tokens stand for, as far as tokens tell: in lower case, with other spaces."""
+        return self._own.decode(ids).strip()
+
+    def ends(self, ids: list[int]) -> list[bool]:
+        """Whether each token is the last one of a word: by its spelling, or as a word that the tokenizer adds."""
+        added, spelling = self._own.added_tokens_decoder, self._own.convert_ids_to_tokens
+        return [i in added or spelling(i).endswith("</w>") for i in ids]
+
+    def _warn(self, text: str, ids: list[int]) -> None:
         length = self.config.max_position_embeddings
-        tokens = self.tokenizer(text, verbose=False).input_ids  # START, the text, END
-        if len(tokens) > length:
-            dropped = self.tokenizer.decode(tokens[length - 1 : -1]).strip()
+        if len(ids) > length:
+            dropped = self.text_of(ids[length - 1 : -1])[:1000]
             warnings.warn(f'The prompt is cut after {length - 2} tokens; dropped: "{dropped}".', stacklevel=4)
         if self.known_words is not None:
             words = dict.fromkeys(re.findall("[a-z]+", text.lower()))  # each once, in order
             unknown = [f'"{word}"' for word in words if word not in self.known_words]
             if unknown:
                 warnings.warn(
-                    f"This model was not trained on {', '.join(unknown)} and will not draw that as you mean it; "
-                    "choose one that was with --model (in Python: sd.load), such as --model sd-v1-4.ckpt.",
+                    f"This model was not trained on {', '.join(unknown)[:1000]} and will not draw that as you "
+                    "mean it; choose one that was with --model (in Python: sd.load), such as --model sd-v1-4.ckpt.",
                     stacklevel=4,
                 )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -117,7 +117,7 @@ def test_a_repository_gives_the_same_tensors(online):
 def test_only_needed_files_are_fetched_and_once(online):
     got = [name.removeprefix("a/tiny/") for name in online[1] if name.startswith("a/tiny/")]
     assert [n for n in got if not n.endswith(("json", "txt"))] == WEIGHTS
-    assert len(got) == len(set(got)) == 10
+    assert len(got) == len(set(got)) == 11
 
 
 def test_the_tokenizer_of_clip_for_a_file_without(online):

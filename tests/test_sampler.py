@@ -227,3 +227,45 @@ def test_the_vae_may_have_a_dtype_of_its_own():
     model.vae.double()
     (image,) = sd.SimpleSampler(model)(PROMPT, num_inference_steps=2)
     assert image.size == (64, 64)
+
+
+E = torch.zeros(1, 77, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"prompt": E, "negative_prompt_embeds": torch.zeros(1, 154, 64)},
+            "prompt has 77 tokens and negative_.* 154",
+        ),
+        ({"prompt_embeds": torch.zeros(1, 154, 64)}, "prompt has 154 tokens and negative_prompt 77: give embeddings"),
+        ({"prompt": torch.zeros(0, 77, 64)}, "prompt embeddings must be of shape .*not empty, not .0, 77, 64."),
+        ({"prompt": torch.zeros(1, 0, 64)}, "prompt embeddings must be of shape .*not empty"),
+        ({"prompt": E.long()}, "prompt embeddings must be .*floating-point.*torch.int64"),
+        ({"prompt": E.to_sparse()}, "prompt embeddings must be .*dense.*torch.sparse_coo"),
+        ({"prompt": E.to("meta")}, "prompt embeddings must be .*meta"),
+        ({"prompt": E[0]}, "prompt embeddings must be of shape"),
+        ({"prompt": E / 0}, "prompt embeddings have NaN or infinity in torch.float32: give finite ones"),
+        ({"prompt": E.double() + 1e300}, "prompt embeddings have NaN or infinity in torch.float32"),
+        ({"negative_prompt_embeds": E * torch.nan}, "negative_prompt embeddings have NaN"),
+        ({"negative_prompt_embeds": torch.zeros(3, 77, 64)}, "negative_prompt has 3 entries for 1 prompts"),
+        ({"prompt_embeds": ["a"]}, r"prompt_embeds must be a tensor, not \['a'\]"),
+        ({"prompt": b"x" * 10_000_000}, "prompt must be a text"),
+        ({"prompt": "x" * 10_000_000}, "A prompt must have at most 100,000 characters, not 10,000,000: shorten it"),
+        ({"prompt": [None] * 1_000_000}, "prompt must be a text"),
+        ({"latents": [1.0]}, "latents must be a tensor"),
+    ],
+)
+def test_embeddings_and_texts_that_cannot_be_are_one_short_sentence(tiny, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        sd.SimpleSampler(tiny)(**{"prompt": PROMPT, **options})
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_both_halves_may_be_longer_than_one_prompt(tiny):
+    longer = torch.cat([tiny.encode_prompt("a star"), tiny.encode_prompt("a ring")], dim=1)
+    call = {"num_inference_steps": 1, "output_type": "latent"}
+    assert sd.SimpleSampler(tiny)(longer, negative_prompt_embeds=longer / 2, **call).isfinite().all()

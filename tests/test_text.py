@@ -7,11 +7,13 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
 import torch
 
+from sd.prompts.words import find_word
 from sd.text import TextConfig, TextEncoder, check_tokenizer, text_shapes
 from sd.weights import tokenizer
 from sd.weights.tokenizer import read_tokenizer
@@ -76,6 +78,42 @@ def test_what_is_no_text_is_refused(tiny, prompt):
         tiny.encode_prompt(prompt)
     assert type(caught.value) is ValueError
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a\0star", "\0", "e\u0301" * 50, "\u200d\ufeff", "猫", "'s n't", " \n\t ", "<|endoftext|>"]
+)
+def test_odd_texts_have_the_tokens_that_transformers_gives_them(tiny, prompt):
+    tokens = tiny.text.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(tiny.encode_prompt(prompt), tiny.text.model(tokens.input_ids)[0])
+
+
+@pytest.mark.parametrize("prompt", ["x" * 10_000_000, "a star " * 1_500_000, ["a", " " * 100_001], b"x" * 10_000_000])
+def test_texts_of_megabytes_are_refused_at_once(tiny, prompt):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^A prompt must (have at most 100,000 characters|be a text)") as caught:
+        tiny.encode_prompt(prompt)
+    assert len(str(caught.value)) < 200
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("prompt", ["x" * 100_000, "word " * 20_000, "\u0301" * 100_000, "\0" * 100_000])
+def test_the_longest_texts_are_cut_in_bounded_time_and_words(fresh, prompt):
+    text, start = fresh(known_words=["a"]), time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        assert text.encode(prompt).shape == (1, 77, 64)
+    assert str(caught[0].message).startswith("The prompt is cut after 75 tokens")
+    assert all(len(str(warning.message)) < 1500 for warning in caught)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("word", [None, b"star", "\ud800", "x" * 10_000_000])
+def test_a_word_that_is_none_is_refused(tiny, word):
+    with pytest.raises(ValueError, match=r"^A word must") as caught:
+        find_word(tiny.text, "a star", word)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(

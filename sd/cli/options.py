@@ -113,10 +113,13 @@ SOURCE: dict[str, dict[str, Any]] = {
     "revision": {"metavar": "REV", "help": "The branch, tag or commit of a Hub repository."},
     "hub-variant": {
         "metavar": "NAME",
-        "help": "Which files of a Hub repository to take, such as fp16. Parts "
-        "that have none of that kind are taken as they are.",
+        "help": "Which files of a Hub repository to take, such as fp16. Parts that have none of that kind are taken "
+        "as they are.",
     },
-    "tokenizer": {"metavar": "DIR", "help": "A folder with vocab.json and merges.txt, for a model that has none."},
+    "tokenizer": {
+        "metavar": "DIR",
+        "help": "A folder with vocab.json and merges.txt (or tokenizer.json), for a model that has none.",
+    },
     "config": {"metavar": "JSON", "help": "A file with sizes that the weights do not tell, such as the head count."},
     "ema": {"action": "store_true", "help": "Take the averaged (EMA) weights of a checkpoint that has both kinds."},
 }

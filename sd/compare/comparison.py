@@ -145,7 +145,7 @@ def compare_text(model: StableDiffusion, texts: list[str], bound: float, repeats
     fresh = model.text.with_tensors(model.text.state_dict())
 
     for encoder in (model.text, fresh):
-        _ = encoder.model, encoder.tokenizer  # made on first use, which is not to be measured
+        _ = encoder.model, encoder.tokenizer, encoder.ids("")  # made on first use, which is not to be measured
 
     def theirs() -> Tensor:
         length = fresh.tokenizer.model_max_length
@@ -286,7 +286,7 @@ def other_tokenizers(a: Source, b: Source) -> bool:
     def meaning(texts: dict[str, str]) -> Any:
         merges = [line.strip() for line in texts["merges.txt"].split("\n")[1:] if line.strip()]  # the head: a version
         try:
-            return json.loads(texts["vocab.json"]), merges
+            return json.loads(texts["vocab.json"]), merges, json.loads(texts.get("added_tokens.json", "[]"))
         except (ValueError, RecursionError):
             return texts
 

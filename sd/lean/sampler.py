@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..attention import BasicTransformerBlock
 from ..model import StableDiffusion
-from ..operations import copy_of
+from ..operations import TEXTBOOK, copy_of
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, announced, finished, guide
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
-from ..weights.unread import computes_in
+from ..weights.unread import at_rest, computes_in
 from .bands import Bands
 from .plan import PROCESS, TEXT_PIECE, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
 from .stream import Streamed, Weights, streamed_linear, weights_on
@@ -134,11 +134,13 @@ class LeanSampler(SimpleSampler):
         def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:
             return weights.whole(layer.weight), weights.whole(layer.bias)  # type: ignore[arg-type]
 
+        with at_rest(self.model.vae):
+            vae = copy_of(self.model.vae, TEXTBOOK)
         images = []
         for z in latents.split(1):
             with self.stage("VAE", plan):
                 bands = Bands(plan.band, plan.choices, ready, tidy=self.tidier(plan.peaks["VAE"]))
-                images.append(bands.decode(self.model.vae, z))
+                images.append(bands.decode(vae, z))
             trim()
         result = torch.cat(images) if len(images) > 1 else images[0]
         del images
@@ -185,7 +187,8 @@ class LeanUNet:
 
     def __init__(self, unet: UNet, weights: Weights, request: Request, contexts: list[Tensor]):
         self.ops = Streamed(weights)
-        self.unet = copy_of(unet, self.ops)
+        with at_rest(unet):  # another thread may draw with it for the first time
+            self.unet = copy_of(unet, self.ops)
         self.images = len(contexts[0])
         timesteps = torch.tensor(request.scheduler.timesteps, dtype=torch.float32, device=weights.device).unique()
         self.row = {t: i for i, t in enumerate(timesteps.tolist())}

@@ -24,6 +24,7 @@ from ..operations import Attention, NormSiLUConvolution, Operations, copy_of
 from ..sampler import announced
 from ..unet import UNet
 from ..vae import VAE
+from ..weights.unread import at_rest
 from .ranks import Ranks
 
 Span = tuple[int, int]
@@ -230,7 +231,8 @@ def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[
         cuts = [-(-cut // 2) for cut in cuts]  # so that a rank's rows and their halves belong together
         width = -(-width // 2)
         resolutions.append(Resolution(ranks, cuts, width))
-    copied = copy_of(unet, CutByRows(resolutions, start=0))
+    with at_rest(unet):  # another thread may be calling it for the first time
+        copied = copy_of(unet, CutByRows(resolutions, start=0))
 
     def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         with announced(whole=False):
@@ -244,5 +246,6 @@ def rows_of_vae(vae: VAE, ranks: Ranks, height: int, width: int) -> Callable[[Te
     cuts = [i * height // len(ranks) for i in range(len(ranks) + 1)]
     factors = [2**i for i in reversed(range(len(vae.config.ch_mult)))]
     resolutions = [Resolution(ranks, [f * cut for cut in cuts], f * width) for f in factors]
-    copied = copy_of(vae, CutByRows(resolutions, start=len(resolutions) - 1))
+    with at_rest(vae):
+        copied = copy_of(vae, CutByRows(resolutions, start=len(resolutions) - 1))
     return lambda latent: resolutions[0].gather(copied.decode(latent))

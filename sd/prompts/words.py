@@ -7,7 +7,7 @@ from ..text import TextEncoder
 
 def token_ids(text: TextEncoder, prompt: str) -> list[int]:
     """The tokens of a prompt with start and end, cut as the encoder cuts it, not filled up."""
-    return text.tokenizer(prompt, truncation=True, max_length=text.config.max_position_embeddings).input_ids
+    return text.cut(text.ids(prompt))
 
 
 def words_of(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
@@ -15,12 +15,11 @@ def words_of(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
     result: list[tuple[str, list[int]]] = []
     word: list[int] = []
     ids = token_ids(text, prompt)[:-1]
-    for i, token in enumerate(text.tokenizer.convert_ids_to_tokens(ids)):
-        if i == 0:
-            continue  # the start
+    ends = text.ends(ids)
+    for i in range(1, len(ids)):  # after the start
         word.append(i)
-        if token.endswith("</w>") or i == len(ids) - 1:
-            result.append((text.tokenizer.decode([ids[k] for k in word]).strip(), word))
+        if ends[i] or i == len(ids) - 1:
+            result.append((text.text_of([ids[k] for k in word]), word))
             word = []
     return result
 
@@ -31,8 +30,8 @@ def find_word(text: TextEncoder, prompt: str, word: str, occurrence: int | None 
     occurrence: which one, from 0, where it is there more than once; all of them if not given.
     Raises ValueError where the prompt does not have it, or not so often.
     """
-    ids, wanted = token_ids(text, prompt)[1:-1], text.tokenizer(word).input_ids[1:-1]
-    ends = [token.endswith("</w>") for token in text.tokenizer.convert_ids_to_tokens(ids)]
+    ids, wanted = token_ids(text, prompt)[1:-1], text.ids(word, "word")[1:-1]
+    ends = text.ends(ids)
     found = [
         list(range(i + 1, i + 1 + len(wanted)))
         for i in range(len(ids))

@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from ..files import PlainError
+
 T = TypeVar("T")
 
 FOLDERS = {"unet": "unet", "vae": "vae", "text": "text_encoder"}
@@ -30,6 +32,9 @@ SMALL_FILES = (
     "tokenizer/vocab.json",
     "tokenizer/merges.txt",
     "tokenizer/tokenizer.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/special_tokens_map.json",
     "scheduler/scheduler_config.json",
 )
 _WEIGHTS = re.compile(
@@ -38,7 +43,7 @@ _WEIGHTS = re.compile(
 )
 
 
-class HubError(ValueError):
+class HubError(PlainError):
     """A repository or folder that is missing, closed, out of reach or incomplete; one sentence.
 
     `reason` is what is wrong alone, for a sentence of somebody else.

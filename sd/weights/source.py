@@ -23,7 +23,7 @@ from . import hub, names
 from .checkpoint import read
 from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
 from .defaults import Defaults, check_schedule, defaults_from_hub, prediction_type
-from .tokenizer import read_tokenizer
+from .tokenizer import ADDED, read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
@@ -106,6 +106,10 @@ def find_file(path: Path, name: str) -> Source:
             found.kind = "self-contained file"
             sound = all(isinstance(found.configs[part], dict) for part in names.PARTS)
             sound &= all(isinstance(found.tokenizer[name], str) for name in names.TOKENIZER_FILES)
+            sound &= isinstance(found.tokenizer.get(ADDED, ""), str)
+            found.tokenizer = {
+                name: found.tokenizer[name] for name in (*names.TOKENIZER_FILES, ADDED) if name in found.tokenizer
+            }
             sound &= type(found.size) is int and found.size > 0
             sound &= all(isinstance(word, str) for word in found.known_words or [])
             if not sound:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -163,6 +164,14 @@ def read_weights(part: nn.Module) -> nn.Module:
     return part
 
 
+@contextmanager
+def at_rest(part: nn.Module) -> Iterator[None]:
+    """Within the block no other thread reads the part: its parameters may be shared by a copy meanwhile."""
+    unread = _UNREAD.get(part)
+    with unread.lock if unread else nullcontext():
+        yield
+
+
 def target(part: nn.Module) -> Target | None:
     """Where and in what an unread part will compute; None: it is read."""
     unread = _UNREAD.get(part)
@@ -178,6 +187,7 @@ def computes_in(part: nn.Module) -> Target:
 def tensors_of(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """Of every parameter its name, the tensor as it is now, and the dtype that the part computes with it in."""
     unread = _UNREAD.get(part)
-    for name, parameter in part.named_parameters():
-        mapped = unread is not None and parameter.data_ptr() in unread.pointers
-        yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
+    with at_rest(part):  # all of them at one moment
+        for name, parameter in part.named_parameters():
+            mapped = unread is not None and parameter.data_ptr() in unread.pointers
+            yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
