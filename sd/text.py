@@ -102,8 +102,9 @@ def check_tokenizer(config: TextConfig, vocab: str, merges: str) -> None:
 def sound_tokenizer(config: TextConfig, texts: Texts) -> Texts:
     """The texts of a tokenizer of this encoder. Raises ValueError, the rest of a sentence, where they are none."""
     vocab, merges = texts["vocab.json"], texts["merges.txt"]
-    # Tokenizers skip the first line, some of them whatever it says.
+    # Tokenizers skip the first line, some of them whatever it says; and some stumble over lines of spaces.
     merges = merges if merges.startswith("#version") else f"#version: 0.2\n{merges}"
+    merges = "".join(f"{line}\n" for line in merges.split("\n") if line.strip())
     check_tokenizer(config, vocab, merges)
     return {**texts, "merges.txt": merges}
 

@@ -231,3 +231,10 @@ def test_brackets_up_to_the_limit_are_read():
     assert parse_json("[" * DEPTH + "]" * DEPTH) is not None
     with pytest.raises(ValueError, match="more than 3 brackets"):
         parse_json("[[[[]]]]", depth=3)
+
+
+def test_a_few_damaged_files_of_every_kind():
+    """A sample of `python -m tests.mutations`, which tries tens of thousands."""
+    from tests.mutations import run
+
+    assert run(160, seed=1_000_000) == []
