@@ -299,14 +299,16 @@ def try_one(kind: Kind, number: int, folder: Path) -> tuple[str, str]:
     return said
 
 
-def run(count: int, seed: int, only: list[str] | None = None, keep: Path | None = None) -> list[str]:
-    """Try `count` files, as many of each kind; the failures."""
+def run(
+    count: int, seed: int, only: list[str] | None = None, keep: Path | None = None, wanted: list[str] | None = None
+) -> list[str]:
+    """Try `count` files, as many of each kind, or of each of those that are wanted; the failures."""
     failures: list[str] = []
     became: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        all_kinds = kinds(folder)
+        all_kinds = {name: kind for name, kind in kinds(folder).items() if not wanted or name in wanted}
         for kind in all_kinds.values():
             kind.read(folder / kind.name) if (folder / kind.name).exists() else None  # what is imported on first use
         jobs = [(k, seed + n) for n in range(count // len(all_kinds)) for k in all_kinds]
@@ -336,8 +338,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", metavar="KIND:NUMBER")
     parser.add_argument("--keep", type=Path, help="a folder for the files that failed")
+    parser.add_argument("--kinds", nargs="*", metavar="KIND", help="Default: all")
     args = parser.parse_args()
-    failures = run(args.count, args.seed, args.only, args.keep)
+    failures = run(args.count, args.seed, args.only, args.keep, args.kinds)
     print(f"{len(failures)} failures")
     return 1 if failures else 0
 
