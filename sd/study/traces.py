@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import __version__
-from ..image import to_pil
+from ..files import parse_json
+from ..image import model_name, to_pil
 from ..sampler import Call, Step
 from ..vae import VAE
 from ..weights.checkpoint import read, write_safetensors
@@ -86,7 +87,25 @@ class Trace:
         if missing or "trace" not in file.metadata:
             raise ValueError(f"{path} is no trace: sd.study.trace(...).save(path) writes one.")
         tensors = {name: file.tensors.get(name) for name in TENSORS}
-        return cls(**tensors, settings=json.loads(file.metadata["trace"]))  # type: ignore[arg-type]
+        try:
+            check_shapes({name: tensor for name, tensor in tensors.items() if tensor is not None})
+            settings = parse_json(file.metadata["trace"])
+            if not isinstance(settings, dict):
+                raise ValueError("its settings are no JSON object")
+        except ValueError as error:
+            raise ValueError(f"{path} is a damaged trace: {error}.") from None
+        return cls(**tensors, settings=settings)  # type: ignore[arg-type]
+
+
+def check_shapes(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError, the rest of a sentence, unless the tensors of a trace fit together."""
+    steps, shape = tensors["timesteps"].shape, tensors["latents"].shape
+    sound = len(steps) == 1 and len(shape) == 4
+    known = {"timesteps": steps, "latents": shape, "rgb": (shape[1] + 1, 3) if sound else ()}
+    for name, tensor in tensors.items():
+        wanted = known.get(name, (*steps, *shape))
+        if not sound or not tensor.is_floating_point() or tuple(tensor.shape) != tuple(wanted):
+            raise ValueError(f"its tensor {name} does not fit the others")
 
 
 @torch.no_grad()
@@ -157,7 +176,7 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
         "num_images_per_prompt": call.get("num_images_per_prompt", 1),
         "height": request.height,
         "width": request.width,
-        "model": model.name,
+        "model": model_name(model.name),
         "model_hash": model.hash,
         "dtype": str(model.dtype).removeprefix("torch."),
         "version": __version__,
