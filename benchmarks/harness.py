@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sd.files import write_text
+
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "openvino")  # diffusers loads faster with accelerate
 
 
@@ -119,9 +121,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(content, indent=1) + "\n", force=True)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,13 +1,15 @@
-"""The one writer of files and the one bounded reader of small ones. Imports nothing of torch.
+"""The one writer of files, the one bounded reader of small ones, and `printable`. Imports nothing of torch.
 
 Everything that `sd` writes for a user goes through `writing`: it is there whole or not at all. Every small file that
 comes from elsewhere (configs, tokenizers) goes through `read_small` or `read_json`: a pipe, a device, a file of
-gigabytes or a million nested brackets is refused in one sentence.
+gigabytes or a million nested brackets is refused in one sentence. Every foreign word goes through `printable` before
+a person reads it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -17,14 +19,27 @@ from typing import IO, Any
 
 SMALL = 16 << 20  # bytes; the largest file that is read whole, a tokenizer.json of CLIP, has below 4 MB
 DEPTH = 32  # of brackets in each other; configs have 3
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters by Unicode's book, which show nothing
+
+
+# ---- for people
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """A foreign word on its way to a person: no control characters reach a terminal; a long one loses its middle."""
-    words = str(text)
-    if len(words) > limit:
-        words = f"{words[: 2 * limit // 3]} ... {words[-(limit // 3) :]}"
-    return words if words.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in words)
+    """A foreign text for one line of a terminal: what is invisible or moves the cursor is escaped, a long one is cut.
+
+    That is: control characters, line ends, marks of writing direction, characters of no width, lone surrogates. A
+    long text loses its middle, for what to do stands at the end of a message.
+    """
+    whole = str(text)
+    if len(whole) > limit:
+        whole = f"{whole[: 2 * limit // 3]} ... {whole[-(limit // 3) :]}"
+    return "".join(c if c.isprintable() and c not in BLANK else ascii(c)[1:-1] for c in whole)
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says is wrong, without the number that Python puts before it."""
+    return error.strerror or str(error) or type(error).__name__
 
 
 class PlainError(ValueError):
@@ -46,19 +61,36 @@ class SmallFileError(PlainError):
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Raise ValueError for a missing or read-only folder, a path that is a folder, and, without `force`, a file.
+    """Raise ValueError where no file can be written to `path`, or, without `force`, where the name is taken.
 
-    To be asked before the work whose result the file is to hold.
+    To be asked before the work whose result the file is to hold. What the folder says of itself is not believed: a
+    file of no content is made in it, and removed.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: the folder {path.parent} is read-only for you.")
-    if path.is_dir():
-        raise ValueError(f"{path} cannot be written: it is a folder; name a file.")
-    if path.exists() and not force:
-        raise ValueError(f"{path} exists: choose another name, or write over it with --force.")
+    try:
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first.")
+        if path.is_dir():
+            raise ValueError(f"{path} cannot be written: it is a folder; name a file.")
+        check_target(path, force)
+    except FileExistsError:
+        raise ValueError(f"{path} exists: choose another name, or write over it with --force.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {reason_of(error)}; choose another name.") from None
+    probe = temporary(path)
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: the folder {path.parent} takes no new file ({reason_of(error)}); choose "
+            "another."
+        ) from None
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that nobody else has: short, however long the file's own name is."""
+    return path.parent / f".sd-{os.urandom(4).hex()}.part"
 
 
 @contextlib.contextmanager
@@ -70,13 +102,13 @@ def writing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO
     Raises FileExistsError or OSError in one sentence; what else the block raises goes through as it is.
     """
     path = Path(path)
-    part = path.parent / f".sd-{os.urandom(4).hex()}.part"  # short, however long the file's own name is
+    part = temporary(path)
     try:
         check_target(path, force)
         with open(part, "xb") as file:  # with the permissions that any new file has
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         if force:
             os.replace(part, path)
         else:
@@ -86,18 +118,31 @@ def writing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[IO
             f"{path} exists: choose another name, or write over it with force (--force)."
         ) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"{path} cannot be written: {reason}; make room, or choose another place.") from error
+        raise OSError(f"{path} cannot be written: {reason_of(error)}; make room, or choose another place.") from error
     finally:
         with contextlib.suppress(OSError, ValueError):  # most often it is not there, or has its final name
             part.unlink()
 
 
+def sync(file: IO[bytes]) -> None:
+    """Wait until the content is on the disk, where the file system can say so; some network drives cannot."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def check_target(path: Path, force: bool) -> None:
-    """Raise OSError where the name belongs to a folder, a device or a pipe, or, without `force`, to any file."""
+    """Raise OSError where the name belongs to a folder, a device or a pipe, or, without `force`, to any file.
+
+    A link that leads nowhere is a file.
+    """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if os.path.lexists(path) and not force:
+            raise FileExistsError from None
         return
     except ValueError as error:  # a NUL in the path
         raise OSError(str(error)) from error
@@ -144,7 +189,7 @@ def read_small(path: str | os.PathLike[str], what: str = "The file", limit: int 
     except FileNotFoundError:
         raise SmallFileError(what, path, "it does not exist") from None
     except OSError as error:
-        raise SmallFileError(what, path, error.strerror or str(error)) from error
+        raise SmallFileError(what, path, reason_of(error)) from error
     except ValueError as error:
         if isinstance(error, SmallFileError):
             raise

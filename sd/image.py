@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import stat
+import zlib
+from pathlib import Path, PureWindowsPath
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,12 +15,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .files import parse_json, writing
+from .files import parse_json, reason_of, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 JSON_CHUNK = "sd"  # the PNG text chunk that `artist --again` reads
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXT, CHUNKS = 1 << 20, 1 << 18  # bytes of a text, and chunks of a file, that are read at most
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -33,12 +37,19 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1)[None].contiguous()
 
 
+def model_name(model: str) -> str:
+    """A model's name as it may be published: of a path from the root of a disk, the last part alone."""
+    whole = Path(model).is_absolute() or PureWindowsPath(model).anchor or model.startswith("~")
+    return PureWindowsPath(model).name if whole else model
+
+
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """The text chunk `parameters` in the form of AUTOMATIC1111, which most tools and sites read.
 
     settings: prompt, negative_prompt, num_inference_steps, scheduler, guidance_scale, seed, width, height,
     model, model_hash.
     """
+    model = model_name(str(settings["model"]))
     fields = {
         "Steps": settings["num_inference_steps"],
         "Sampler": {"pndm": "PLMS", "ddim": "DDIM", "lms": "LMS"}.get(settings["scheduler"], settings["scheduler"]),
@@ -46,16 +57,20 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": settings["model_hash"],
-        "Model": Path(str(settings["model"])).stem
-        if str(settings["model"]).endswith(("ckpt", "safetensors"))
-        else settings["model"],
+        "Model": Path(model).stem if model.endswith(("ckpt", "safetensors")) else model,
     }
     if settings.get("eta"):
         fields["Eta"] = settings["eta"]
     lines = [settings["prompt"]]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in fields.items() if v is not None)])
+    return "\n".join([*lines, ", ".join(f"{k}: {quoted(v)}" for k, v in fields.items() if v is not None)]).strip()
+
+
+def quoted(value: Any) -> str:
+    """A value of `parameters`: in quotation marks where else it could not be told from the next field."""
+    text = str(value)  # the rule is that of `quote` in AUTOMATIC1111's modules/infotext_utils.py
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
 
 
 def save_png(
@@ -71,25 +86,74 @@ def save_png(
     """
     info = PngInfo()
     if settings is not None:
-        info.add_itxt("parameters", parameters_text(settings))
-        info.add_itxt(JSON_CHUNK, json.dumps(dict(settings), ensure_ascii=False))
+        settings = {**settings, "model": model_name(str(settings["model"]))}
+        text = parameters_text(settings).encode(errors="replace").decode().replace("\0", "")
+        info.add_text("parameters", text)  # tEXt where Latin-1 has all its letters, which everybody reads, else iTXt
+        info.add_itxt(JSON_CHUNK, json.dumps(settings))
     with writing(path, force=force) as file:
         image.save(file, "PNG", pnginfo=info)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that `save_png` wrote. Raises ValueError where there are none."""
+    """The settings that `save_png` wrote, from a file that may come from anywhere. Raises ValueError.
+
+    Only the text chunk is read, within bounds, and never the picture: a small file can hold a huge one.
+    """
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {})
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}.") from None
-    try:
-        settings = parse_json(text[JSON_CHUNK])
-    except (KeyError, ValueError):
-        settings = None
-    if not isinstance(settings, dict):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            raise ValueError("it is not a regular file")
+        with open(path, "rb") as file:
+            text = text_chunk(file, JSON_CHUNK.encode())
+    except (OSError, ValueError) as error:  # ValueError: of ours, or a NUL in the path
+        reason = reason_of(error) if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{path} cannot be read as a picture: {reason}.") from None
+    if text is None:
         raise ValueError(
             f"{path} does not say how it was drawn: it has no text chunk {JSON_CHUNK!r}; `artist` writes one."
         )
+    try:
+        settings = parse_json(text)
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be drawn again: the text that says how is damaged ({error}).") from None
     return settings
+
+
+def text_chunk(file: IO[bytes], keyword: bytes) -> bytes | None:
+    """The first text of this keyword in a PNG (W3C PNG, 11.3.3). Raises ValueError, the rest of a sentence."""
+    if file.read(8) != SIGNATURE:
+        raise ValueError("it is no PNG")
+    for number in range(CHUNKS):
+        head = file.read(8)
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if len(head) < 8 or (number == 0 and kind != b"IHDR"):
+            raise ValueError("it is damaged, or a part of it is missing")
+        if kind == b"IEND":
+            return None
+        start = file.tell()
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            data = file.read(min(size, TEXT))
+            if data.startswith(keyword + b"\0"):
+                if len(data) < size or zlib.crc32(kind + data) != int.from_bytes(file.read(4), "big"):
+                    raise ValueError("its text is damaged, or too long")
+                return unpacked(kind, data[len(keyword) + 1 :])
+        file.seek(start + size + 4)
+    raise ValueError("it has too many parts")
+
+
+def unpacked(kind: bytes, data: bytes) -> bytes:
+    """What stands after the keyword of a text chunk, as text in UTF-8. Raises ValueError, the rest of a sentence."""
+    packed = kind == b"zTXt" or (kind == b"iTXt" and data[:1] == b"\1")
+    data = data[1:] if kind == b"zTXt" else data
+    if kind == b"iTXt":  # two flags, a language, the keyword in that language
+        data = data[2:].split(b"\0", 2)[-1]
+    if packed:
+        unpacker = zlib.decompressobj()
+        try:
+            data = unpacker.decompress(data, TEXT)
+        except zlib.error:
+            raise ValueError("its text is damaged") from None
+        if not unpacker.eof:
+            raise ValueError("its text is damaged, or too long")
+    return data if kind == b"iTXt" else data.decode("latin-1").encode()

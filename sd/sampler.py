@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import count
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,6 +31,23 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the n
 Prompt = str | list[str] | Tensor
 
 MAX_SIDE = 8192  # pixels; far beyond what the v1 models draw well
+FLOAT32 = "dtype=torch.float32 (--dtype float32)"  # the remedy for what is not finite
+
+OTHER_NAMES = {  # arguments of diffusers and others, and what to do instead
+    "generator": "give seed=, from which image i takes the noise of seed + i",
+    "num_images": "it is called num_images_per_prompt here",
+    "num_steps": "it is called num_inference_steps here",
+    "steps": "it is called num_inference_steps here",
+    "guidance": "it is called guidance_scale here",
+    "cfg_scale": "it is called guidance_scale here",
+    "timesteps": "give num_inference_steps, or a scheduler",
+    "sigmas": "give num_inference_steps, or a scheduler",
+    **dict.fromkeys(["callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"],
+        "sampler.stream(...) hands over every step, to watch it or to stop"),
+    "return_dict": "leave it out, a list of pictures is returned",
+    "cross_attention_kwargs": "sd.use_attention and sd.study.edit change the attention",
+    "clip_skip": "give prompt_embeds, computed from another layer",
+}  # fmt: skip
 
 
 RUNS = count(1)
@@ -70,6 +88,10 @@ def announced(**facts: Any) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
+
+
+class UnknownArgumentError(TypeError, ValueError):
+    """An argument that samplers do not take: TypeError as from any function, ValueError as all that they refuse."""
 
 
 class NotFiniteError(ValueError):
@@ -212,14 +234,14 @@ class SimpleSampler:
                     step = next(steps, None)
                     if step is None:
                         return
-                    finite(step.latents, f"UNet (step {step.index + 1})", "dtype=torch.float32")
+                    finite(step.latents, f"UNet (step {step.index + 1})", FLOAT32)
                 yield step
 
     def request(
         self,
         prompt: Prompt | None = None,
         *,
-        negative_prompt: Prompt = "",
+        negative_prompt: Prompt | None = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
@@ -231,9 +253,16 @@ class SimpleSampler:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        **unknown: Any,
     ) -> Request:
         """Check the arguments of a call, and encode its texts."""
+        for name in unknown:
+            hint = OTHER_NAMES.get(name, "help(sd.SimpleSampler.__call__) lists them")
+            raise UnknownArgumentError(f"Samplers take no argument {name}: {hint}.")
         usual = self.model.defaults
+        seed, num_images_per_prompt, eta = plain(seed), plain(num_images_per_prompt), plain(eta)
+        num_inference_steps, guidance_scale = plain(num_inference_steps), plain(guidance_scale)
+        height, width = plain(height), plain(width)
         scheduler = usual.scheduler if scheduler is None else scheduler
         guidance_scale = usual.guidance_scale if guidance_scale is None else guidance_scale
         if isinstance(scheduler, str):
@@ -250,6 +279,7 @@ class SimpleSampler:
         height, width = self._size(height, width, latents)
 
         given = prompt if prompt_embeds is None else prompt_embeds
+        negative_prompt = "" if negative_prompt is None else negative_prompt
         negatives = negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is not None and not isinstance(embeds, Tensor):
@@ -318,7 +348,7 @@ class SimpleSampler:
             if len(context) != 1:
                 raise ValueError(f"{name} has {len(context)} entries for {count} prompts: give one, or one each.")
             context = context.expand(count, -1, -1)
-        finite(context, "text encoder", "dtype=torch.float32")
+        finite(context, "text encoder", FLOAT32)
         return context
 
     def encode_prompt(self, texts: list[str]) -> Tensor:
@@ -345,7 +375,7 @@ class SimpleSampler:
 
 def finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:
     """The VAE's (B, 3, H, W), about [-1, 1], which is written over, as `output_type` says."""
-    finite(images, "VAE", "model.vae.float() (the VAE in float32), or dtype=torch.float32")
+    finite(images, "VAE", f"{FLOAT32}, or model.vae.float() for the VAE alone")
     images = images.div_(2).add_(0.5).clamp_(0, 1)
     return images if output_type == "pt" else to_pil(images)
 
@@ -379,6 +409,13 @@ def prompt_list(prompt: Any) -> list[str]:
     if isinstance(prompt, str):
         return [prompt]
     return list(prompt) if isinstance(prompt, (list, tuple)) else []
+
+
+def plain(x: Any) -> Any:
+    """NumPy's numbers, and others that are none of Python's own, as those; what is no number as it is."""
+    if isinstance(x, bool) or not isinstance(x, Real):
+        return x
+    return int(x) if isinstance(x, Integral) else float(x)
 
 
 def is_whole(x: object) -> bool:

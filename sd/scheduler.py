@@ -28,6 +28,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .files import printable
+
 State = tuple[Tensor, ...]  # what a solver remembers
 
 
@@ -298,17 +300,20 @@ class LMS(Scheduler):
 
 
 SCHEDULERS: dict[str, type[Scheduler]] = {"pndm": PNDM, "ddim": DDIM, "lms": LMS}
+OTHER_NAMES = {"plms": "pndm", "lmsdiscrete": "lms"}  # ldm's, and diffusers' LMSDiscreteScheduler
 
 
 def make_scheduler(
     name: str, num_inference_steps: int, eta: float = 0.0, *, schedule: NoiseSchedule = V1
 ) -> Scheduler:
-    """The solver of this name in SCHEDULERS.
+    """The solver of this name in SCHEDULERS, in whatever case; the names of ldm and of diffusers' classes do too.
 
     Raises ValueError for an unknown name, what the class itself refuses, and eta where the solver has none.
     """
+    given, name = name, str(name).lower().removesuffix("scheduler")
+    name = OTHER_NAMES.get(name, name)
     if name not in tuple(SCHEDULERS):
-        raise ValueError(f"no scheduler is called {name!r}; there are {', '.join(SCHEDULERS)}")
+        raise ValueError(f"no scheduler is called {printable(given, 60)!r}; there are {', '.join(SCHEDULERS)}")
     if name == "ddim":
         return DDIM(num_inference_steps, eta, schedule=schedule)
     if eta != 0:

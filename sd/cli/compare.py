@@ -68,5 +68,5 @@ def run(arguments: Sequence[str]) -> int:
     report = compare_command(**given)
     print(format_report(report))
     if file:
-        write_report(report, Path(file))
+        write_report(report, Path(file), force=force)
     return 0 if report.same else 1

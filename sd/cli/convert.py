@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import check_output
 from .options import Parser, add_source_options, dtype_option
 
 SUMMARY = "write a model from any source as one self-contained file"
@@ -27,6 +28,7 @@ def parser() -> Parser:
 
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse(arguments)
+    check_output(given["output"], force=given.get("force", False))  # before gigabytes are fetched
     import torch
 
     from ..loader import convert

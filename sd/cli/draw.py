@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..files import check_output
 from ..parallel import launch
 from . import compare, convert, describe, info, study
-from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of, shares, whole
-from .settings import Drawing, drawing_of, load_model, make_sampler, settings_used
+from .options import CommandError, Parser, add_drawing_options, add_source_options, memory, one_of, shares, whole
+from .output import picture_paths, save_result
+from .settings import Drawing, differences, drawing_of, hashes_of, load_model, make_sampler, settings_used
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +44,8 @@ def parser() -> Parser:
     result.add_argument("--version", action="version", version=f"artist {__version__}")
     add_drawing_options(result)
     add = result.add_argument_group("how many pictures, and their names").add_argument
-    add("-o", "--output", metavar="PNG", help="A file, or a folder. Default: the first free artist-001.png.")
+    add("-o", "--output", metavar="PNG", help="A file, or a folder; with a slash at the end, it is made. Default: "
+        "the first free artist-001.png.")  # fmt: skip
     add("--count", type=whole(1, 10_000), metavar="N", help="How many pictures to draw. Default: 1.")
     add("--again", metavar="PNG", help="Draw a picture that artist drew before; other options change it.")
     add = result.add_argument_group("how the work is done").add_argument
@@ -50,8 +53,8 @@ def parser() -> Parser:
         "little memory; or parallel, which shares the work among several processes. Default: simple.")  # fmt: skip
     add("--exact", action="store_true", help="For simple on a CPU: compute exactly as the textbook code does. This "
         "is slower than the default for large models, and takes less memory.")  # fmt: skip
-    add("--memory", metavar="SIZE", help="For lean: the most memory to take, for example 600MB or 1.5GB. Default: "
-        "most of what is free.")  # fmt: skip
+    add("--memory", type=memory, metavar="SIZE", help="For lean: the most memory to take, for example 1.5GB, 600MB "
+        "or 600, which are MB. Default: most of what is free.")  # fmt: skip
     add("--ranks", type=whole(1, 1024), metavar="N", help="For parallel: how many processes to start on this "
         "machine. Leave it out under torchrun.")  # fmt: skip
     add("--split", type=shares, metavar="SPLIT", help="For parallel: how to divide the work, for example "
@@ -69,20 +72,35 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     drawing = settle(parser().parse(arguments))
     leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
-    paths = outputs(drawing) if leads and not drawing.plan else []  # before any work is done
-    if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
-        launch.start_ranks(arguments, drawing.ranks)
-        return 0
-    sampler = prepare(drawing)
+    if not leads:
+        warnings.showwarning = lambda *_: None  # rank 0 says it
+    paths: list[Path] = []
+    numbered = False
+    if leads and not drawing.plan:  # before any work is done
+        paths, numbered = picture_paths(drawing.output, drawing.count, force=drawing.force)
+    try:
+        if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
+            launch.start_ranks(arguments, drawing.ranks, drawing.seed)
+            return 0
+        draw(drawing, paths, leads=leads, numbered=numbered)
+    finally:
+        if paths and drawing.output and drawing.output.endswith(("/", os.sep)):
+            with suppress(OSError):  # a folder in which nothing came to lie, made for nothing
+                os.rmdir(drawing.output)
+    return 0
+
+
+def draw(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered: bool) -> None:
+    sampler, hashes = prepare(drawing, leads=leads)
     if drawing.plan:
         text = say_plan(sampler, drawing)
         if leads:
             print(text)
-        return 0
+        return
     for drawn in pictures(sampler, drawing, show=leads and not drawing.quiet):
         if leads:
-            write(drawn, paths[drawn.number], force=drawing.force)
-    return 0
+            drawn = replace(drawn, settings=drawn.settings | hashes)
+            write(drawn, paths[drawn.number], force=drawing.force, numbered=numbered)
 
 
 # ---- what is drawn, and where it goes
@@ -91,6 +109,8 @@ def run(arguments: Sequence[str]) -> int:
 def settle(given: Mapping[str, Any]) -> Drawing:
     """The drawing that is asked for. Raises ValueError for options that do not fit together."""
     drawing = drawing_of(given)
+    if drawing.variant == "parallel":
+        launch.check_environment()
     for option, variants in VARIANTS.items():
         if option in given and drawing.variant not in variants:
             known = f"--{option} only works with --variant {' or '.join(variants)}"
@@ -104,34 +124,16 @@ def settle(given: Mapping[str, Any]) -> Drawing:
     return drawing
 
 
-def outputs(drawing: Drawing) -> list[Path]:
-    """The files that will be written. Raises ValueError where one of them cannot be."""
-    output = Path(drawing.output or ".")
-    if output.is_dir():
-        free = (path for n in range(1, 1_000_000) if not (path := output / f"artist-{n:03d}.png").exists())
-        paths = [path for path, _ in zip(free, range(drawing.count), strict=False)]
-    elif output.suffix.lower() != ".png":
-        raise CommandError(f"{output} cannot be written: pictures are PNG files, so name it {output.stem}.png.")
-    elif drawing.count == 1:
-        paths = [output]
-    else:
-        paths = [output.with_name(f"{output.stem}-{k + 1}{output.suffix}") for k in range(drawing.count)]
-    for path in paths:
-        check_output(path, force=drawing.force)
-    return paths
-
-
 # ---- the sampler, and how it would go about it
 
 
-def prepare(drawing: Drawing) -> SimpleSampler:
+def prepare(drawing: Drawing, *, leads: bool) -> tuple[SimpleSampler, dict[str, str | None]]:
+    """The sampler, and the hashes that go into the picture: read now, while the files are there."""
     model = load_model(drawing)
-    if drawing.model_hash and drawing.model_hash != model.hash:
-        warnings.warn(
-            f"{drawing.again} was drawn with other weights, so this picture may differ: their hash was "
-            f"{drawing.model_hash}, and now it is {model.hash}."
-        )
-    return make_sampler(model, drawing)
+    hashes = hashes_of(model) if leads and not drawing.plan else {}
+    for difference in differences(drawing, hashes) if hashes and drawing.again else ():
+        warnings.warn(difference)
+    return make_sampler(model, drawing), hashes
 
 
 def say_plan(sampler: Any, drawing: Drawing) -> str:
@@ -186,9 +188,12 @@ def at_once(sampler: SimpleSampler, drawing: Drawing) -> int:
     return sampler.plan(drawing.prompt, num_images_per_prompt=images, **drawing.call).split.image
 
 
-def write(drawn: Drawn, path: Path, *, force: bool) -> None:
+def write(drawn: Drawn, path: Path, *, force: bool, numbered: bool = False) -> None:
     from ..image import save_png
 
-    save_png(drawn.image, path, drawn.settings, force=force)
+    def save(path: Path, force: bool) -> None:
+        save_png(drawn.image, path, drawn.settings, force=force)
+
+    path = save_result(save, path, "picture", force=force, numbered=numbered)
     width, height = drawn.image.size
     print(f"{path}  {width} x {height}, seed {drawn.settings['seed']}, {drawn.seconds:.1f} s", flush=True)

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ..files import printable
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+LAST_SEED = 2**63 - 1
+RANDOM = -1  # a seed that is chosen by lot
+SHOWN = 60  # characters of a wrong word that its message repeats
 
 
 class CommandError(ValueError):
@@ -24,6 +30,13 @@ def nearest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(word, known, 1, cutoff)), None)
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """For terminals of any width, also one that is too narrow for a word."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, width=min(max(shutil.get_terminal_size().columns - 2, 40), 1000))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser with plainer words for what is wrong. An option that is not given is not in the result."""
 
@@ -35,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Formatter,
         )
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
@@ -44,8 +57,8 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             if not word.startswith("-"):
                 says = f"{self.prog} --help says what it takes."
-                raise CommandError(self.too_many or f"{self.prog} cannot use the word {word!r}: {says}")
-            option = word.partition("=")[0]
+                raise CommandError(self.too_many or f"{self.prog} cannot use the word {shown(word)!r}: {says}")
+            option = shown(word.partition("=")[0])
             near = nearest(option, re.findall(r"--[\w-]+", self.format_help()))
             hint = f"; did you mean {near}?" if near else "."
             raise CommandError(f"There is no option {option}{hint} {self.prog} --help lists the options.")
@@ -56,10 +69,16 @@ class Parser(argparse.ArgumentParser):
         message = message.replace("expected one argument", "needs a value after it")
         message = message.replace("expected at least one argument", "needs a value after it")
         message = re.sub(r"^argument (?:\S+/)?(\S+?): ", r"\1 ", message)
+        message = printable(message, 300)  # argparse repeats words as they are
         raise CommandError(f"{message.rstrip('.')}. {self.prog} --help lists the options.")
 
 
 # ---- values: functions for argparse, which puts the option's name before what they say
+
+
+def shown(text: str) -> str:
+    """A word of the command line, as a message repeats it."""
+    return printable(text, SHOWN)
 
 
 def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
@@ -73,23 +92,32 @@ def whole(least: int | None = None, most: int | None = None) -> Callable[[str], 
                 return number
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"must be a whole number{bounds}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number{bounds}, not {shown(text)}")
 
     return read
+
+
+def seed(text: str) -> int:
+    return RANDOM if text.lower() == "random" else whole()(text)
+
+
+def memory(text: str) -> str:
+    """600MB; of a number alone, nobody means bytes"""
+    return f"{text}MB" if re.fullmatch(r"\s*[0-9.]+\s*", text) else text
 
 
 def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, not {text}") from None
+        raise argparse.ArgumentTypeError(f"must be a number, not {shown(text)}") from None
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text in choices:
             return text
-        raise argparse.ArgumentTypeError(f"must be {', '.join(choices[:-1])} or {choices[-1]}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be {', '.join(choices[:-1])} or {choices[-1]}, not {shown(text)}")
 
     return read
 
@@ -103,7 +131,7 @@ def shares(text: str) -> dict[str, int]:
         result = {}
     known = result.keys() <= {"image", "guidance", "rows"} and len(result) == len(parts)
     if not known or min(result.values()) < 1:
-        raise argparse.ArgumentTypeError(f"must be like image=2,guidance=2,rows=1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be like image=2,guidance=2,rows=1, not {shown(text)}")
     return result
 
 
@@ -145,8 +173,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--guidance", dest="guidance_scale", type=number, metavar="G", help="How closely to follow the prompt, 0 to "
         "100. At 1 or less, --negative has no effect. Default: the model's own; 7.5 for Stable Diffusion "
         "v1.")  # fmt: skip
-    add("--seed", type=whole(), metavar="N", help="Which noise to start from. The next picture starts from the next "
-        "seed. Default: 0.")  # fmt: skip
+    add("--seed", type=seed, metavar="N", help="Which noise to start from; -1 or random: any, and the command says "
+        "which. The next picture starts from the next seed. Default: 0.")  # fmt: skip
     add("--height", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
     add("--width", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
     add("--scheduler", metavar="NAME", help="How noise is removed step by step: pndm, ddim or lms. Default: the "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..files import printable, read_json
 from ..parallel import launch
-from .options import DTYPES, CommandError
+from .options import LAST_SEED, RANDOM, CommandError
+from .recorded import HASHES, RECORDED, recorded
 
 if TYPE_CHECKING:
     from ..model import StableDiffusion
@@ -37,9 +42,11 @@ class Drawing:
     hub_variant: str | None = None
     ema: bool = False
     tokenizer: str | None = None
-    config: str | None = None
+    config: Mapping[str, Any] | None = None
     again: str | None = None  # the picture that the settings come from
-    model_hash: str | None = None  # of the weights that drew that picture
+    model_hash: str | None = None  # of what drew that picture
+    others_hash: str | None = None
+    tokenizer_hash: str | None = None
     # How.
     variant: str = "simple"
     exact: bool = False
@@ -71,42 +78,42 @@ class Drawing:
         return self.variant == "simple" and place(self.device).partition(":")[0] == "cpu"
 
 
-RECORDED: dict[str, type | tuple[type, ...]] = {  # what a PNG of `artist` says of how it was drawn
-    **dict.fromkeys(["prompt", "negative_prompt", "scheduler", "dtype"], str),
-    **dict.fromkeys(["model", "revision", "hub_variant", "model_hash"], str),
-    **dict.fromkeys(["seed", "num_inference_steps", "height", "width"], int),
-    **dict.fromkeys(["guidance_scale", "eta"], (int, float)),
-    "ema": bool,
-}
-
-
 def drawing_of(given: Mapping[str, Any]) -> Drawing:
     """What is given on the command line; what is not, from the picture that is to be drawn again, if there is one."""
-    settings = recorded(given["again"]) if "again" in given else {}
-    if "model" in given:
-        settings.pop("model_hash", None)
+    settings = recorded(given["again"], given) if "again" in given else {}
     settings |= given
     if "prompt" not in settings:
         raise CommandError('There is nothing to draw: give a prompt, for example artist "a red star".')
-    return Drawing(**settings)
+    if isinstance(settings.get("config"), str):  # its content, so that the picture can tell it
+        settings["config"] = read_config_file(settings["config"])
+    if settings.get("seed") == RANDOM:
+        settings["seed"] = seed_by_lot()
+    drawing = Drawing(**settings)
+    last = drawing.seed + drawing.count - 1
+    if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
+        raise CommandError(f"--seed {drawing.seed} leaves no seeds for --count {drawing.count}: give a smaller one.")
+    return drawing
 
 
-def recorded(picture: str) -> dict[str, Any]:
-    """The settings in a PNG that `artist` wrote; they may come from anywhere, so their kinds are checked."""
-    from ..image import read_settings
+def read_config_file(path: str) -> Mapping[str, Any]:
+    config = read_json(path, "The config")
+    if not isinstance(config, dict):
+        raise CommandError(f'The config {path} cannot be used: give {{"unet": {{...}}, "vae": {{...}}}} in a file.')
+    return config
 
-    found = {name: v for name, v in read_settings(picture).items() if name in RECORDED and v is not None}
-    for name, value in found.items():
-        if not isinstance(value, RECORDED[name]) or (name == "dtype" and value not in DTYPES):
-            raise CommandError(f"{picture} cannot be drawn again: its setting {name} is damaged ({value!r}).")
-    return found
+
+def seed_by_lot() -> int:
+    """Any seed, as long as other tools take it too; one for all ranks."""
+    if launch.is_rank() and not os.environ.get(launch.SEED):
+        raise CommandError("Ranks need one seed, and each would choose its own: give a number to --seed.")
+    return int(os.environ.get(launch.SEED) or secrets.randbelow(2**32))
 
 
 def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dict[str, Any]:
     """What goes into the PNG, but for the seed: enough to draw it again, whatever the model's defaults become."""
     from .. import __version__
 
-    asked = {name: getattr(drawing, name) for name in RECORDED}
+    asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES}
     return asked | {
         "num_inference_steps": request.scheduler.num_inference_steps,
         "guidance_scale": request.guidance_scale,
@@ -119,6 +126,35 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
     }
 
 
+def hashes_of(model: StableDiffusion) -> dict[str, str | None]:
+    """Short digests of what a model draws with: the weights of its parts, and its tokenizer. Files are read."""
+    texts = "\0".join([model.text.vocab, model.text.merges])
+    return {
+        "model_hash": model.hash,
+        "others_hash": model.files.others_digest and model.files.others_digest[:10],
+        "tokenizer_hash": hashlib.sha256(texts.encode(errors="replace")).hexdigest()[:10],
+    }
+
+
+def differences(drawing: Drawing, hashes: Mapping[str, str | None]) -> list[str]:
+    """In what the model differs from that of the picture that is drawn again: sentences."""
+    found = []
+    whats = {
+        "model_hash": ("weights", "--model"),
+        "others_hash": ("weights of the text encoder or the VAE", "--model"),
+        "tokenizer_hash": ("a tokenizer", "--tokenizer"),
+    }
+    for name, (what, option) in whats.items():
+        was, now = getattr(drawing, name), hashes[name]
+        if was and was != now:
+            other = f"another {what[2:]}" if what.startswith("a ") else f"other {what}"
+            found.append(
+                f"{drawing.again} was drawn with {other}, so this picture may differ: the hash was {was}, and now it "
+                f"is {now}; {option} chooses."
+            )
+    return found
+
+
 # ---- the model and the sampler
 
 
@@ -127,6 +163,11 @@ def place(device: str | None) -> str:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"[a-z]{1,20}(:[0-9]{1,3})?", device) or device.partition(":")[0] == "meta":
+        raise CommandError(
+            f"There is no device {printable(device, 60)!r}: try --device cpu, or cuda for an NVIDIA GPU."
+        )
+    device = "cpu" if device.startswith("cpu:") else device  # there is but one
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launch.is_rank() else device
 
 

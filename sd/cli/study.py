@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..files import check_output
 from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of
+from .output import save_result
 from .settings import drawing_of, load_model, make_sampler
 
 SUMMARY = "draw, and write a page about the steps, words and blocks of the drawing"
@@ -50,8 +51,10 @@ def run(arguments: Sequence[str]) -> int:
         seed=drawing.seed,
         **drawing.call,
     )
+    saves = {"page": (page_file, lambda path, force: write_page(page, path, force=force))}
     if trace_file:
-        trace.save(trace_file, force=drawing.force)
-    write_page(page, page_file, force=drawing.force)
-    print(f"{page_file}  {page_file.stat().st_size / 1e6:.1f} MB")
+        saves["trace"] = (Path(trace_file), lambda path, force: trace.save(path, force=force))
+    for what, (path, save) in saves.items():
+        save_result(save, path, what, force=drawing.force)
+    print(f"{page_file}  {len(page.encode()) / 1e6:.1f} MB, seed {drawing.seed}")
     return 0

@@ -44,8 +44,11 @@ class Report:
         return self.first_over is None and not self.changes and not self.differences
 
 
-def write_report(report: Report, path: Path) -> None:
-    """The report as JSON, whole or not at all; infinity, which JSON does not have, as a string."""
+def write_report(report: Report, path: Path, *, force: bool = True) -> None:
+    """The report as JSON, whole or not at all, over what is there unless told otherwise.
+
+    Infinity, which JSON does not have, is a string.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -56,7 +59,7 @@ def write_report(report: Report, path: Path) -> None:
 
     first = report.first_over
     content = asdict(report) | {"same": report.same, "first_over": first and first.name}
-    write_text(path, json.dumps(plain(content), indent=1) + "\n", force=True)
+    write_text(path, json.dumps(plain(content), indent=1) + "\n", force=force)
 
 
 def format_report(report: Report, most: int = 20) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
+from ..files import printable
 from ..unet import Part, UNetConfig, topology
 from ..vae import VAEConfig, decoder_widths
 from .bands import Choice
@@ -82,14 +83,16 @@ def mb(size: float) -> str:
     return f"{size / 1e6:6.0f} MB"
 
 
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1, "K": 1e3, "KB": 1e3, "M": 1e6, "MB": 1e6, "G": 1e9, "GB": 1e9, "T": 1e12, "TB": 1e12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def bytes_of(memory: str | int | float) -> int:
-    """ "600MB", "1.5 GB", "1GiB" or a number of bytes -> bytes. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(memory))
+    """ "600MB", "1.5 GB", "0.6g", "1GiB" or a number of bytes -> bytes. Raises ValueError."""
+    text = printable(memory, 60)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or isinstance(memory, bool):
-        raise ValueError(f'memory must be a size such as "600MB", "1.5GB" or a number of bytes, not {memory!r}.')
+        raise ValueError(f'memory must be a size such as "600MB", "1.5GB" or a number of bytes, not {text!r}.')
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

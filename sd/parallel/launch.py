@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import printable
+
 if TYPE_CHECKING:
     import subprocess
 
 FOLDER = "SD_RANK"  # in the environment of the ranks that `launch` starts: the private folder where they meet
 PARENT = "SD_LAUNCHER"  # the process that started them
+SEED = "SD_SEED"  # the seed that it chose by lot, which must be one for all
 ECHO = "Another rank is gone"  # so begins what a rank says that ends only because another one did
 PATIENCE = 1.0  # seconds in which a rank with another reason may still end by itself
 NAMES = {item.value: item.name for item in signal.Signals}
+NUMBER = re.compile("[0-9]{1,7}")
 
 # What a rank runs: the very `sd` that the launcher runs. Started with -c, Python looks for modules in the current
 # folder first (unless PYTHONSAFEPATH is set, which 3.10 does not know). Somebody may have downloaded that folder, and
@@ -46,6 +51,14 @@ class LaunchError(ValueError):
     """The ranks could not be started, or one of them failed; the message names it."""
 
     code = 1
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to end, as Ctrl-C does; `code` is its exit code then."""
+
+    def __init__(self, number: int):
+        super().__init__(NAMES.get(number, str(number)))
+        self.code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -69,12 +82,44 @@ def is_rank() -> bool:
     """Whether this process is one of several ranks, by whatever launcher: it knows its number, and where to meet."""
     rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     meets = folder() or all(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
-    return rank.isdecimal() and count.isdecimal() and int(count) > 1 and bool(meets)
+    return bool(NUMBER.fullmatch(rank) and NUMBER.fullmatch(count)) and int(count) > 1 and bool(meets)
+
+
+def started() -> bool:
+    """Whether a launcher, ours or torchrun, started this process and says how it ended."""
+    return bool(folder() or os.environ.get("TORCHELASTIC_RUN_ID"))
 
 
 def rank() -> int:
     """This process's place among several ranks; 0 where it is the only one."""
     return int(os.environ["RANK"]) if is_rank() else 0
+
+
+def check_environment() -> None:
+    """Raise LaunchError where this is to be one of several ranks, and what the environment says of them is nonsense.
+
+    A launcher sets all of these; by hand, one is soon forgotten, and the picture would be drawn by one rank alone.
+    """
+    meets = folder() or os.environ.get("MASTER_ADDR")
+    if not meets or not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
+        return  # nobody's, or somebody's own variables: nobody says where to meet
+    found = {}
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name)
+        if text is None and name == "LOCAL_RANK":
+            continue
+        if not NUMBER.fullmatch(text or "") or int(text or 0) < least:
+            what = "is not set" if text is None else f"is {printable(text, 60)!r}"
+            raise misplaced(f"The variable {name} {what} in the environment, but must be a number from {least} up")
+        found[name] = int(text or 0)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise misplaced(f"RANK is {found['RANK']}, but WORLD_SIZE is {found['WORLD_SIZE']}, and ranks begin with 0")
+
+
+def misplaced(what: str) -> LaunchError:
+    error = LaunchError(f"{what}: start the ranks with --ranks or with torchrun.")
+    error.code = 2
+    return error
 
 
 def enter() -> None:
@@ -112,8 +157,11 @@ def note_of(place: Path, rank: int) -> Path:
 # ---- in the launcher
 
 
-def start_ranks(arguments: Sequence[str], ranks: int) -> None:
-    """Run `artist` with these arguments as `ranks` processes. Raises LaunchError, naming who failed first."""
+def start_ranks(arguments: Sequence[str], ranks: int, seed: int = 0) -> None:
+    """Run `artist` with these arguments as `ranks` processes; `seed` is theirs where they are told to take any.
+
+    Raises LaunchError, naming who failed first.
+    """
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="artist-ranks-") as name, ended_by_signals():
@@ -121,7 +169,7 @@ def start_ranks(arguments: Sequence[str], ranks: int) -> None:
         children: list[subprocess.Popen[bytes]] = []
         try:
             for k in range(ranks):
-                children.append(start(arguments, k, ranks, place))
+                children.append(start(arguments, k, ranks, place, seed))
             failed = wait(children, place)
         finally:
             end_all(children)
@@ -131,14 +179,14 @@ def start_ranks(arguments: Sequence[str], ranks: int) -> None:
             raise failure([*ended, *(one for one in others if one.message)])  # some were ended while they spoke
 
 
-def start(arguments: Sequence[str], rank: int, ranks: int, place: Path) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], rank: int, ranks: int, place: Path, seed: int = 0) -> subprocess.Popen[bytes]:
     import subprocess
 
     home = str(Path(__file__).parents[1] / "__init__.py")
     try:
         return subprocess.Popen(
             [sys.executable, "-c", BEGIN, home, "draw", *arguments],
-            env=environment(rank, ranks, place),
+            env=environment(rank, ranks, place) | {SEED: f"{seed}"},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches the launcher alone, which then ends them
         )
@@ -156,6 +204,7 @@ def environment(rank: int, ranks: int, place: Path) -> dict[str, str]:
     if path:
         result["PYTHONPATH"] = path
     result |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}"}
+    result.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own words on connections that end with a rank
     result |= {FOLDER: str(place), PARENT: f"{os.getpid()}", "PYTHONSAFEPATH": "1"}
     result["OMP_NUM_THREADS"] = result.get("OMP_NUM_THREADS") or str(max(1, cores() // ranks))
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
@@ -168,17 +217,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end ranks and launcher as Ctrl-C does, unless the caller handles them otherwise."""
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, unless the caller handles them otherwise.
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    Only the first one counts: a terminal that is closed sends several, and what is cleaned up must not be cut short.
+    """
+
+    def stop(number: int, _: object) -> None:
+        for other in ours:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
 
     ours = []
     if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-        wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+        ours = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, stop)
     try:
@@ -186,6 +242,19 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP wait: for a rank, which they end at once, while it writes a picture."""
+    if not is_rank() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wait(children: Sequence[subprocess.Popen[bytes]], place: Path) -> dict[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..files import parse_json
-from ..image import to_pil
+from ..image import model_name, to_pil
 from ..sampler import Call, Step
 from ..vae import VAE
 from ..weights.checkpoint import read, write_safetensors
@@ -88,26 +88,24 @@ class Trace:
             raise ValueError(f"{path} is no trace: sd.study.trace(...).save(path) writes one.")
         tensors = {name: file.tensors.get(name) for name in TENSORS}
         try:
+            check_shapes({name: tensor for name, tensor in tensors.items() if tensor is not None})
             settings = parse_json(str(file.metadata["trace"]))
             if not isinstance(settings, dict):
                 raise ValueError("its settings are no JSON object")
-            fit(tensors)
         except ValueError as error:
             raise ValueError(f"{path} is a damaged trace: {error}; write it again.") from None
         return cls(**tensors, settings=settings)  # type: ignore[arg-type]
 
 
-def fit(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError, the rest of a sentence, unless a trace's tensors are floating and of matching shapes."""
-    found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in found.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"its {name} are of type {tensor.dtype}")
-    x = found["x"].shape
-    wanted = {"timesteps": x[:1], "latents": x[1:], "rgb": (5, 3), **dict.fromkeys(TENSORS[1:6], x)}
-    for name, tensor in found.items():
-        if len(x) != 5 or x[2] != 4 or tensor.shape != tuple(wanted[name]):
-            raise ValueError(f"its {name} are of shape {tuple(tensor.shape)}")
+def check_shapes(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError, the rest of a sentence, unless the tensors of a trace fit together."""
+    steps, shape = tensors["timesteps"].shape, tensors["latents"].shape
+    sound = len(steps) == 1 and len(shape) == 4
+    known = {"timesteps": steps, "latents": shape, "rgb": (shape[1] + 1, 3) if sound else ()}
+    for name, tensor in tensors.items():
+        wanted = known.get(name, (*steps, *shape))
+        if not sound or not tensor.is_floating_point() or tuple(tensor.shape) != tuple(wanted):
+            raise ValueError(f"its tensor {name} does not fit the others")
 
 
 @torch.no_grad()
@@ -178,7 +176,7 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
         "num_images_per_prompt": call.get("num_images_per_prompt", 1),
         "height": request.height,
         "width": request.width,
-        "model": model.name,
+        "model": model_name(model.name),
         "model_hash": model.hash,
         "dtype": str(model.dtype).removeprefix("torch."),
         "version": __version__,

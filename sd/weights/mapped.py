@@ -29,18 +29,28 @@ class WeightFiles:
         self.weights = weights
         # A map lives as long as a tensor is in it.
         self._maps = [(path, ref(mapped), stamp(path)) for path, mapped in maps]
-        self._digest: str | None = None
+        self._others = sorted({path for path, *_ in self._maps} - {weights})
+        self._digests: dict[Path, str] = {}
 
     @property
     def digest(self) -> str | None:
         """The SHA-256 of the weights file; read on first use. None for a model that is of no file."""
-        if self._digest is None and self.weights is not None:
-            with open(self.weights, "rb") as file:
-                digest = hashlib.sha256()
+        return None if self.weights is None else self._digest_of(self.weights)
+
+    @property
+    def others_digest(self) -> str | None:
+        """One SHA-256 for the files of the other parts, as a folder has them; None where there are none."""
+        digests = " ".join(self._digest_of(path) for path in self._others)
+        return hashlib.sha256(digests.encode()).hexdigest() if digests else None
+
+    def _digest_of(self, path: Path) -> str:
+        if path not in self._digests:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
                 while block := file.read(1 << 24):
                     digest.update(block)
-            self._digest = digest.hexdigest()
-        return self._digest
+            self._digests[path] = digest.hexdigest()
+        return self._digests[path]
 
     def check(self) -> None:
         """Raise LoadError if a file that tensors are still mapped from has been changed in place.

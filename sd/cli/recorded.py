@@ -1,0 +1,125 @@
+"""What a picture says of how it was drawn. It may come from anywhere, so every word of it is checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from ..files import printable
+from .options import DTYPES, LAST_SEED, CommandError
+
+LONGEST = 100_000  # characters of a prompt
+SCHEDULERS = ("pndm", "ddim", "lms")
+# What belongs to the model that was drawn with: with another one it means nothing.
+OF_THE_MODEL = ("revision", "hub_variant", "ema", "config", "model_hash", "others_hash", "tokenizer_hash")
+
+
+def text(value: Any) -> bool:
+    """Any prompt: valid Unicode."""
+    return isinstance(value, str) and len(value) <= LONGEST and encodes(value)
+
+
+def encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def name(value: Any) -> bool:
+    """Of a file, a branch and the like."""
+    return isinstance(value, str) and 0 < len(value) <= 1000 and "\0" not in value
+
+
+def digest(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 64 and set(value) <= set("0123456789abcdef")
+
+
+def whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def real(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+
+
+def one_of(*choices: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in choices
+
+
+RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of how it was drawn
+    "prompt": text,
+    "negative_prompt": text,
+    "scheduler": one_of(*SCHEDULERS),
+    "dtype": one_of(*DTYPES),
+    "model": name,
+    "revision": name,
+    "hub_variant": name,
+    "seed": whole(0, LAST_SEED),
+    "num_inference_steps": whole(1, 100_000),
+    "height": whole(8, 8192),
+    "width": whole(8, 8192),
+    "guidance_scale": real(0, 100),
+    "eta": real(0, 1),
+    "ema": lambda value: isinstance(value, bool),
+    "config": lambda value: isinstance(value, dict) and all(isinstance(part, dict) for part in value.values()),
+    "model_hash": digest,  # of the file, or that of the UNet
+    "others_hash": digest,  # of the files of the other parts
+    "tokenizer_hash": digest,
+}
+HASHES = ("model_hash", "others_hash", "tokenizer_hash")
+
+
+def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a PNG that `artist` wrote, as far as they still count beside what is given.
+
+    Raises CommandError where they are damaged, and where they name a model that is not here: nothing is fetched on a
+    picture's word.
+    """
+    from ..image import read_settings
+
+    found = {key: value for key, value in read_settings(picture).items() if key in RECORDED and value is not None}
+    for key, value in found.items():
+        if not RECORDED[key](value):
+            raise CommandError(
+                f"{printable(picture)} cannot be drawn again: its setting {key} is damaged "
+                f"({printable(repr(value), 60)})."
+            )
+    if "model" not in given:
+        refuse_strangers(picture, found)
+    elif last_part(str(given["model"])) == last_part(found.get("model", "shapes")):
+        found.pop("revision", None)
+        found.pop("hub_variant", None)
+    else:
+        for key in OF_THE_MODEL:
+            found.pop(key, None)
+    if "config" in given:
+        found.pop("config", None)
+    return found
+
+
+def last_part(model: str) -> str:
+    return PureWindowsPath(model).name
+
+
+def refuse_strangers(picture: str, found: Mapping[str, Any]) -> None:
+    """Raise CommandError unless the model is the built-in one, or a file or a folder below this one."""
+    model = found.get("model", "shapes")
+    anywhere = Path(model).is_absolute() or PureWindowsPath(model).anchor or model.startswith("~")
+    try:
+        here = not anywhere and os.path.exists(model)
+    except (OSError, ValueError):
+        here = False
+    if model == "shapes" or here:
+        return
+    options = {"--model": model, "--revision": found.get("revision"), "--hub-variant": found.get("hub_variant")}
+    words = " ".join(f"{option} {shlex.quote(printable(value, 80))}" for option, value in options.items() if value)
+    raise CommandError(
+        f"{printable(picture)} was drawn with the model {printable(model, 80)}, which is no file here, and nothing "
+        f"is downloaded because a picture names it: if you want that model, add {words}."
+    )
