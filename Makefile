@@ -1,8 +1,8 @@
 # make demo and make test set up everything they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# A process a core, of one thread each: that is twice as fast as one process of two threads. A file stays together.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A process a core, of one thread each: that is twice as fast as one process of two threads.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 PROMPT := a red star above a blue ring on a white background
 
 .PHONY: demo test fast lint format api wheel clean

@@ -137,12 +137,12 @@ def text_chunk(file: IO[bytes], keyword: bytes) -> bytes | None:
             if data.startswith(keyword + b"\0"):
                 if len(data) < size or zlib.crc32(kind + data) != int.from_bytes(file.read(4), "big"):
                     raise ValueError("its text is damaged, or too long")
-                return unpacked(kind, data[len(keyword) + 1 :])
+                return inflated(kind, data[len(keyword) + 1 :])
         file.seek(start + size + 4)
     raise ValueError("it has too many parts")
 
 
-def unpacked(kind: bytes, data: bytes) -> bytes:
+def inflated(kind: bytes, data: bytes) -> bytes:
     """What stands after the keyword of a text chunk, as text in UTF-8. Raises ValueError, the rest of a sentence."""
     packed = kind == b"zTXt" or (kind == b"iTXt" and data[:1] == b"\1")
     data = data[1:] if kind == b"zTXt" else data

@@ -288,7 +288,7 @@ def refused(args, capsys, *words):
         (["--eta", 0.5, "--scheduler", "plms"], "ddim"),
         (["--scheduler", "euler"], "pndm"),
         (["--count", 0], "--count"),
-        (["--seed", -1], "seed"),
+        (["--seed", -2], "seed"),
         (["--device", "quantum"], "--device cpu"),
         (["--dtype", "int8"], "--dtype"),
         (["--model", "no-such-file.ckpt"], "no-such-file.ckpt"),

@@ -19,7 +19,7 @@ from sd.files import DEPTH, SmallFileError, parse_json, read_json, read_small, r
 ROOM = Path(sd.__file__).parent
 
 # Not for users, and gone at once: the folder that transformers reads a tokenizer from, what ranks say to each other
-OWN_BUSINESS = {"text.py", "parallel/launch.py", "parallel/pulse.py"}
+OWN_BUSINESS = {"text.py", "cli/words.py", "parallel/launch.py", "parallel/pulse.py"}
 WRITERS = {"write_bytes", "mkstemp", "NamedTemporaryFile", "symlink", "link"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
@@ -88,7 +89,9 @@ def draw_and_encode(drawings, encodings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("drawings", "encodings"), [(24, 400), (200, 3000)])
+@pytest.mark.parametrize(
+    ("drawings", "encodings"), [(24, 400), *([(200, 3000)] if os.environ.get("SD_TEST_ALL") else [])]
+)  # the larger one takes minutes
 def test_drawings_and_encodings_in_eight_threads_are_those_alone(drawings, encodings):
     draw_and_encode(drawings, encodings)
 

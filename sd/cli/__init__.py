@@ -22,10 +22,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {  # from arguments to the
     "convert": convert.run,
 }
 # Words that are commands of other tools: whoever types one alone hardly wants a picture of it.
-OF_OTHERS = """benchmark commands config create delete doctor download edit env export generate gui images img2img import
-init inpaint install list login logout ls model models options pull quit remove rm run sample samplers save schedulers
-search serve server settings setup show status test train txt2img uninstall update upgrade upload upscale usage version
-webui"""
+OF_OTHERS = """
+benchmark commands config create delete doctor download edit env export generate gui images img2img import
+init inpaint install list login logout ls model models options pull quit remove rm run sample samplers save
+schedulers search serve server settings setup show status test train txt2img uninstall update upgrade upload
+upscale usage version webui
+"""
 CLOSED_PIPE = 141  # the exit code of a program that SIGPIPE ends
 
 

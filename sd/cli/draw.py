@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
             launch.start_ranks(arguments, drawing.ranks, drawing.seed)
             return 0
-        draw(drawing, paths, leads=leads, numbered=numbered)
+        carry_out(drawing, paths, leads=leads, numbered=numbered)
     finally:
         if paths and drawing.output and drawing.output.endswith(("/", os.sep)):
             with suppress(OSError):  # a folder in which nothing came to lie, made for nothing
@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def draw(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered: bool) -> None:
+def carry_out(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered: bool) -> None:
     sampler, hashes = prepare(drawing, leads=leads)
     if drawing.plan:
         text = say_plan(sampler, drawing)

@@ -57,8 +57,8 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             if not word.startswith("-"):
                 says = f"{self.prog} --help says what it takes."
-                raise CommandError(self.too_many or f"{self.prog} cannot use the word {shown(word)!r}: {says}")
-            option = shown(word.partition("=")[0])
+                raise CommandError(self.too_many or f"{self.prog} cannot use the word {repeated(word)!r}: {says}")
+            option = repeated(word.partition("=")[0])
             near = nearest(option, re.findall(r"--[\w-]+", self.format_help()))
             hint = f"; did you mean {near}?" if near else "."
             raise CommandError(f"There is no option {option}{hint} {self.prog} --help lists the options.")
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
 # ---- values: functions for argparse, which puts the option's name before what they say
 
 
-def shown(text: str) -> str:
+def repeated(text: str) -> str:
     """A word of the command line, as a message repeats it."""
     return printable(text, SHOWN)
 
@@ -92,7 +92,7 @@ def whole(least: int | None = None, most: int | None = None) -> Callable[[str], 
                 return number
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"must be a whole number{bounds}, not {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number{bounds}, not {repeated(text)}")
 
     return read
 
@@ -110,14 +110,14 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, not {shown(text)}") from None
+        raise argparse.ArgumentTypeError(f"must be a number, not {repeated(text)}") from None
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text in choices:
             return text
-        raise argparse.ArgumentTypeError(f"must be {', '.join(choices[:-1])} or {choices[-1]}, not {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be {', '.join(choices[:-1])} or {choices[-1]}, not {repeated(text)}")
 
     return read
 
@@ -131,7 +131,7 @@ def shares(text: str) -> dict[str, int]:
         result = {}
     known = result.keys() <= {"image", "guidance", "rows"} and len(result) == len(parts)
     if not known or min(result.values()) < 1:
-        raise argparse.ArgumentTypeError(f"must be like image=2,guidance=2,rows=1, not {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be like image=2,guidance=2,rows=1, not {repeated(text)}")
     return result
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
 from ..parallel import launch
+from .again import HASHES, RECORDED, recorded
 from .options import LAST_SEED, RANDOM, CommandError
-from .recorded import HASHES, RECORDED, recorded
 
 if TYPE_CHECKING:
     from ..model import StableDiffusion
@@ -85,7 +85,7 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if "prompt" not in settings:
         raise CommandError('There is nothing to draw: give a prompt, for example artist "a red star".')
     if isinstance(settings.get("config"), str):  # its content, so that the picture can tell it
-        settings["config"] = read_config_file(settings["config"])
+        settings["config"] = config_in(settings["config"])
     if settings.get("seed") == RANDOM:
         settings["seed"] = seed_by_lot()
     drawing = Drawing(**settings)
@@ -95,7 +95,7 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     return drawing
 
 
-def read_config_file(path: str) -> Mapping[str, Any]:
+def config_in(path: str) -> Mapping[str, Any]:
     config = read_json(path, "The config")
     if not isinstance(config, dict):
         raise CommandError(f'The config {path} cannot be used: give {{"unet": {{...}}, "vae": {{...}}}} in a file.')

@@ -118,7 +118,7 @@ class Repository:
         except HubError:  # what the Hub says, as it says it; or a setting of ours that cannot be used
             raise
         except Exception as error:  # out of reach, of one of many kinds: then what the cache holds
-            self.reason = web.reason_of(error)
+            self.reason = web.cause_of(error)
             self.remedy = "check the connection and try again later"
             if self.reason == web.OFFLINE:
                 self.remedy = "unset HF_HUB_OFFLINE"
@@ -258,9 +258,9 @@ class Repository:
             raise
         except Exception as error:
             sentence = self._no(error) or (
-                f"{self.name} could not be downloaded ({web.reason_of(error)}): try again; what is there is kept."
+                f"{self.name} could not be downloaded ({web.cause_of(error)}): try again; what is there is kept."
             )
-            raise HubError(sentence, web.reason_of(error)) from error
+            raise HubError(sentence, web.cause_of(error)) from error
         if not self.offline:
             remember(self.name, self.revision or "main", self.commit)
 
@@ -306,9 +306,9 @@ class Repository:
             raise
         except Exception as error:
             sentence = self._no(error) or (
-                f"{file} of {self.name} could not be looked at ({web.reason_of(error)}): try again."
+                f"{file} of {self.name} could not be looked at ({web.cause_of(error)}): try again."
             )
-            raise HubError(sentence, web.reason_of(error)) from error
+            raise HubError(sentence, web.cause_of(error)) from error
 
 
 # ---- what comes

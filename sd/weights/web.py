@@ -287,7 +287,7 @@ def refusal_of(error: BaseException) -> Refusal | None:
     return Refusal(status, response.headers) if type(status) is int and status >= 300 else None
 
 
-def reason_of(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """What went wrong, as a part of a sentence that can be printed."""
     if isinstance(error, HubError):
         return error.reason
@@ -309,7 +309,7 @@ def reason_of(error: BaseException) -> str:
     if "Consistency check failed" in text:
         return "a file came with another size than the Hub had announced"
     if kind == "LocalEntryNotFoundError" and error.__cause__ is not None:
-        return reason_of(error.__cause__)
+        return cause_of(error.__cause__)
     return brief(text) or kind
 
 

@@ -36,7 +36,7 @@ def name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 1000 and "\0" not in value
 
 
-def digest(value: Any) -> bool:
+def hexadecimal(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 64 and set(value) <= set("0123456789abcdef")
 
 
@@ -68,9 +68,9 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "eta": real(0, 1),
     "ema": lambda value: isinstance(value, bool),
     "config": lambda value: isinstance(value, dict) and all(isinstance(part, dict) for part in value.values()),
-    "model_hash": digest,  # of the file, or that of the UNet
-    "others_hash": digest,  # of the files of the other parts
-    "tokenizer_hash": digest,
+    "model_hash": hexadecimal,  # of the file, or that of the UNet
+    "others_hash": hexadecimal,  # of the files of the other parts
+    "tokenizer_hash": hexadecimal,
 }
 HASHES = ("model_hash", "others_hash", "tokenizer_hash")
 
