@@ -162,7 +162,8 @@ def place(device: str | None) -> str:
     """The device to compute on: of several ranks on one machine, each takes its own GPU."""
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"[a-z]{1,20}(:[0-9]{1,3})?", device) or device.partition(":")[0] == "meta":
         raise CommandError(
             f"There is no device {printable(device, 60)!r}: try --device cpu, or cuda for an NVIDIA GPU."

@@ -52,7 +52,7 @@ def sentence(error: BaseException) -> str:
     if name and name[1] in OPTIONS:
         option = OPTIONS[name[1]]
         text = option + (f" ({name[1]})" if name[1] != option.strip("-") else "") + text[len(name[1]) :]
-    return text
+    return text if text.endswith(".") else f"{text}."
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files import PlainError, writing
+from ..files import PlainError, reason_of, writing
 
 # SD v1 files have 0.2 MB of pickle and 0.1 MB of zip directory. The first bounds what _unpickle may cost.
 MAX_PICKLE, MAX_INDEX = 8 << 20, 16 << 20  # bytes
@@ -168,6 +168,8 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
             raise _Fault("holds no tensors", "give a file that holds weights")
     except _Fault as fault:
         raise CheckpointError(f"{path} {fault}.") from fault.__cause__
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({reason_of(error)}); {_NAME_ONE}.") from error
     return Checkpoint(path, form, tensors, metadata, mapped)
 
 
