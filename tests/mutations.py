@@ -230,7 +230,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
         except ValueError as error:
             own(error)
             refused = error
-        assert problem or refused is None, f"info says no problem, load says {refused}"
+        # A tokenizer is no matter of `info`: it may come from elsewhere.
+        agree = problem or refused is None or "tokenizer" in str(refused)
+        assert agree, f"info says no problem, load says {refused}"
 
     def tokens(path: Path) -> None:
         loaded = sd.load(folder / "a.ckpt", config=folder / "config.json", tokenizer=path.parent)
@@ -279,7 +281,7 @@ def try_one(kind: Kind, number: int, folder: Path) -> tuple[str, str]:
     path = folder / kind.name
     data = kind.change(kind.sound, r)
     path.write_bytes(data)
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         kind.read(path)
         said = "read", ""
@@ -291,7 +293,7 @@ def try_one(kind: Kind, number: int, folder: Path) -> tuple[str, str]:
             said = "refused", str(error)
         except AssertionError:
             said = "FAILED", f"{type(error).__name__}: {error}"[:2000]
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
     if seconds > SECONDS or megabytes > MEGABYTES + len(data) / 1e6:
         said = "FAILED", f"{seconds:.1f} s and {megabytes:.0f} MB"
