@@ -22,9 +22,7 @@ from tests.layouts import compvis_tensors, write_ckpt
 STAR = "a red star"
 EVIL = "\x1b[31mred\x1b[0m\u202e\u200b\r\n"
 LONG = "x" * 5000
-PYTHON = re.compile(
-    r"\w=[\w'\"(\[]|Traceback|torch\.|\[Errno|\bNone\b|\bTrue\b|\bFalse\b|__|<class|Error\b|\(\)"
-)
+PYTHON = re.compile(r"\w=[\w'\"(\[]|Traceback|torch\.|\[Errno|\bNone\b|\bTrue\b|\bFalse\b|__|<class|Error\b|\(\)")
 
 WRONG = [
     *([STAR, f"--{name}", value] for name in ("steps", "height", "width", "count", "seed", "guidance", "eta")

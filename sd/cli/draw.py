@@ -91,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def carry_out(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered: bool) -> None:
-    sampler, hashes = prepare(drawing, leads=leads)
+    sampler, hashes = prepare(drawing, leads=leads), None
     if drawing.plan:
         text = say_plan(sampler, drawing)
         if leads:
@@ -99,6 +99,7 @@ def carry_out(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered:
         return
     for drawn in pictures(sampler, drawing, show=leads and not drawing.quiet):
         if leads:
+            hashes = hashes or hashes_of(sampler.model)  # not before the first step: gigabytes are read for them
             drawn = replace(drawn, settings=drawn.settings | hashes)
             write(drawn, paths[drawn.number], force=drawing.force, numbered=numbered)
 
@@ -127,13 +128,11 @@ def settle(given: Mapping[str, Any]) -> Drawing:
 # ---- the sampler, and how it would go about it
 
 
-def prepare(drawing: Drawing, *, leads: bool) -> tuple[SimpleSampler, dict[str, str | None]]:
-    """The sampler, and the hashes that go into the picture: read now, while the files are there."""
+def prepare(drawing: Drawing, *, leads: bool) -> SimpleSampler:
     model = load_model(drawing)
-    hashes = hashes_of(model) if leads and not drawing.plan else {}
-    for difference in differences(drawing, hashes) if hashes and drawing.again else ():
+    for difference in differences(drawing, hashes_of(model)) if leads and drawing.again and not drawing.plan else ():
         warnings.warn(difference)
-    return make_sampler(model, drawing), hashes
+    return make_sampler(model, drawing)
 
 
 def say_plan(sampler: Any, drawing: Drawing) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -121,19 +122,21 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
         "height": request.height,
         "width": request.width,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "model_hash": model.hash,
         "version": __version__,
     }
 
 
 def hashes_of(model: StableDiffusion) -> dict[str, str | None]:
-    """Short digests of what a model draws with: the weights of its parts, and its tokenizer. Files are read."""
-    texts = "\0".join([model.text.vocab, model.text.merges])
-    return {
-        "model_hash": model.hash,
-        "others_hash": model.files.others_digest and model.files.others_digest[:10],
-        "tokenizer_hash": hashlib.sha256(texts.encode(errors="replace")).hexdigest()[:10],
-    }
+    """Short digests of what a model draws with: the weights of its parts, and its tokenizer. Files are read.
+
+    None where that cannot be had: a file may be gone by then, and a picture is worth more than its hashes.
+    """
+    texts = "\0".join(text for _, text in sorted(model.text.texts.items()))
+    hashes: dict[str, str | None] = {"model_hash": None, "others_hash": None}
+    with contextlib.suppress(OSError):
+        hashes["model_hash"] = model.hash
+        hashes["others_hash"] = model.files.others_digest and model.files.others_digest[:10]
+    return hashes | {"tokenizer_hash": hashlib.sha256(texts.encode(errors="replace")).hexdigest()[:10]}
 
 
 def differences(drawing: Drawing, hashes: Mapping[str, str | None]) -> list[str]:
