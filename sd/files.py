@@ -14,7 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 SMALL = 16 << 20  # bytes; the largest file that is read whole, a tokenizer.json of CLIP, has below 4 MB
@@ -32,9 +32,11 @@ def printable(text: object, limit: int = 200) -> str:
     long text loses its middle, for what to do stands at the end of a message.
     """
     whole = str(text)
-    if len(whole) > limit:
-        whole = f"{whole[: 2 * limit // 3]} ... {whole[-(limit // 3) :]}"
-    return "".join(c if c.isprintable() and c not in BLANK else ascii(c)[1:-1] for c in whole)
+    ends = [whole] if len(whole) <= limit else [whole[:limit], whole[-limit:]]
+    shown = ["".join(c if c.isprintable() and c not in BLANK else ascii(c)[1:-1] for c in end) for end in ends]
+    if len(shown) == 1 and len(shown[0]) <= limit:
+        return shown[0]
+    return f"{shown[0][: 2 * limit // 3]} ... {shown[-1][-(limit // 3) :]}"
 
 
 def reason_of(error: OSError) -> str:
@@ -55,6 +57,11 @@ class SmallFileError(PlainError):
     def __init__(self, what: str, path: str | os.PathLike[str], reason: str):
         super().__init__(f"{what} {path} cannot be read: {reason}.")
         self.reason = reason
+
+
+def from_root(path: str) -> bool:
+    """Whether a path, of any system, begins at a disk's root or at somebody's home, and so tells of a machine."""
+    return path.startswith(("/", "\\", "~")) or PureWindowsPath(path).is_absolute()
 
 
 # ---- writing

@@ -15,14 +15,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .files import parse_json, reason_of, writing
+from .files import from_root, parse_json, reason_of, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 JSON_CHUNK = "sd"  # the PNG text chunk that `artist --again` reads
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TEXT, CHUNKS = 1 << 20, 1 << 18  # bytes of a text, and chunks of a file, that are read at most
+TEXT, CHUNKS = 1 << 20, 1 << 16  # bytes of a text, and chunks of a file, that are read at most
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -39,8 +39,7 @@ def from_pil(image: Image.Image) -> Tensor:
 
 def model_name(model: str) -> str:
     """A model's name as it may be published: of a path from the root of a disk, the last part alone."""
-    whole = Path(model).is_absolute() or PureWindowsPath(model).anchor or model.startswith("~")
-    return PureWindowsPath(model).name if whole else model
+    return PureWindowsPath(model).name if from_root(model) else model
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:

@@ -14,7 +14,18 @@ import pytest
 
 import sd
 from sd import files
-from sd.files import DEPTH, SmallFileError, parse_json, read_json, read_small, read_utf8, write_text, writing
+from sd.files import (
+    DEPTH,
+    SmallFileError,
+    check_output,
+    parse_json,
+    printable,
+    read_json,
+    read_small,
+    read_utf8,
+    write_text,
+    writing,
+)
 
 ROOM = Path(sd.__file__).parent
 
@@ -170,6 +181,98 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"a\.txt cannot be written: No space left on device; make room"):
         write_text(tmp_path / "a.txt", "x" * 100_000)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_that_leads_nowhere_is_a_file(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "link", "x")
+    with pytest.raises(ValueError, match="exists"):
+        check_output(tmp_path / "link")
+    check_output(tmp_path / "link", force=True)
+    write_text(tmp_path / "link", "x", force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
+    assert not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_wait_for_the_disk(tmp_path, monkeypatch, code):
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if code == errno.EIO:  # a disk that fails
+        with pytest.raises(OSError, match="Input/output error"):
+            write_text(tmp_path / "a", "x")
+        assert not list(tmp_path.iterdir())
+    else:
+        write_text(tmp_path / "a", "x")
+        assert (tmp_path / "a").read_text() == "x"
+
+
+# ---- what can be known before the work
+
+
+def test_a_place_that_takes_a_file_is_left_as_it_was(tmp_path):
+    (tmp_path / "there").write_text("x")
+    for name in ("new", "n" * 255, "there"):
+        check_output(tmp_path / name, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "there").write_text("x")
+    for name, force, reason in (
+        ("no/file", True, "there is no folder"),
+        ("there/file", True, "there is no folder"),
+        (".", True, "it is a folder"),
+        ("pipe", True, "not a regular file"),
+        ("null", True, "not a regular file"),
+        ("there", False, "exists: choose another name"),
+        ("n" * 256, False, "File name too long"),
+        ("a\0b", False, "null"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            check_output(tmp_path / name, force=force)
+        assert "[Errno" not in str(caught.value)
+
+
+def test_a_folder_is_tried_and_not_believed(tmp_path, monkeypatch):
+    """Some network drives, and whoever is root, hear of a read-only place only when they write."""
+
+    def fail(path, *_):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", fail)
+    assert os.access(tmp_path, os.W_OK)
+    with pytest.raises(ValueError, match=r"takes no new file \(Read-only file system\)"):
+        check_output(tmp_path / "a")
+
+
+# ---- for people
+
+
+def test_printable_shows_what_else_would_act():
+    assert printable("ein großer ★ 日本 'x'") == "ein großer ★ 日本 'x'"
+    foreign = "a\x1b[31m\r\n\t\x00\x7f\x9b\u202e\u2066\u200b\u200d\ufeff\u2028\u3164\ud800\U000e0041"
+    for c in foreign[1:]:
+        if not c.isascii() or not c.isprintable():
+            assert c not in printable(foreign)
+    assert printable(foreign).isprintable()
+    assert printable("\x1b\u202e") == "\\x1b\\u202e"
+    assert printable(7) == "7"
+    assert printable("x" * 200) == "x" * 200
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\U000e0041"])
+def test_printable_keeps_both_ends_of_what_is_long(letter):
+    short = printable("begin" + letter * 1_000_000 + "end", 60)
+    assert len(short) <= 65
+    assert short.startswith("begin")
+    assert short.endswith("end")
+    assert " ... " in short
 
 
 # ---- reading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -49,6 +50,58 @@ def test_parameters_have_the_form_of_automatic1111():
         "Size: 128x64, Model hash: 0123456789, Model: sd-v1-4, Eta: 0.5"
     )
     assert "Negative prompt" not in parameters_text(SETTINGS)
+
+
+@pytest.mark.parametrize("model", ["a, b", "a: b", 'a "b"', "a\nb", '"a'])
+def test_values_that_would_end_a_field_are_quoted(model):
+    last = parameters_text(SETTINGS | {"model": model}).partition("Model: ")[2]
+    assert json.loads(last.partition(", Eta")[0]) == model
+    assert "\n" not in last
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/home/me/nets/v1.ckpt", "v1.ckpt"),
+        ("/home/me/nets/folder/", "folder"),
+        ("~/nets/v1.safetensors", "v1.safetensors"),
+        ("C:\\Users\\me\\v1.ckpt", "v1.ckpt"),
+        ("\\\\server\\nets\\v1.ckpt", "v1.ckpt"),
+        ("nets/v1.ckpt", "nets/v1.ckpt"),
+        ("CompVis/stable-diffusion-v1-4", "CompVis/stable-diffusion-v1-4"),
+    ],
+)
+def test_no_path_from_a_disks_root_stands_in_a_picture(model, name, tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS | {"model": model})
+    assert read_settings(tmp_path / "a.png")["model"] == name
+    data = (tmp_path / "a.png").read_bytes()
+    assert not any(part in data for part in (b"home", b"Users", b"~", b"server"))
+
+
+def kinds(path):
+    """The kind of each text chunk of a PNG, by its keyword."""
+    data, found, at = path.read_bytes(), {}, 8
+    while at < len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind in (b"tEXt", b"iTXt", b"zTXt"):
+            found[data[at + 8 :].partition(b"\0")[0].decode()] = kind.decode()
+        at += size + 12
+    return found
+
+
+@pytest.mark.parametrize(("prompt", "kind"), [("a red star", "tEXt"), ("größer ½", "tEXt"), ("star \u2605", "iTXt")])
+def test_parameters_stand_in_the_chunk_that_everybody_reads_where_it_has_the_letters(prompt, kind, tmp_path):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS | {"prompt": prompt})
+    assert kinds(tmp_path / "a.png")["parameters"] == kind
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.text["parameters"].splitlines()[0] == prompt
+
+
+def test_odd_letters_cost_no_picture(tmp_path):
+    """Of a file name that is no UTF-8, and of a prompt that was not encoded."""
+    odd = SETTINGS | {"model": "\udcff.ckpt", "negative_prompt": "a\0b\ud800"}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", odd)
+    assert read_settings(tmp_path / "a.png") == odd
 
 
 def test_settings_are_read_back(tmp_path):

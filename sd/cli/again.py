@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from typing import Any
 
-from ..files import printable
+from ..files import from_root, printable
 from .options import DTYPES, LAST_SEED, CommandError
 
 LONGEST = 100_000  # characters of a prompt
@@ -45,7 +44,7 @@ def whole(least: int, most: int) -> Callable[[Any], bool]:
 
 
 def real(least: float, most: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+    return lambda value: type(value) in (int, float) and least <= value <= most  # NaN is not
 
 
 def one_of(*choices: str) -> Callable[[Any], bool]:
@@ -110,9 +109,8 @@ def last_part(model: str) -> str:
 def refuse_strangers(picture: str, found: Mapping[str, Any]) -> None:
     """Raise CommandError unless the model is the built-in one, or a file or a folder below this one."""
     model = found.get("model", "shapes")
-    anywhere = Path(model).is_absolute() or PureWindowsPath(model).anchor or model.startswith("~")
     try:
-        here = not anywhere and os.path.exists(model)
+        here = not from_root(model) and os.path.exists(model)
     except (OSError, ValueError):
         here = False
     if model == "shapes" or here:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..files import printable
 from ..parallel import launch
 from . import compare, convert, describe, info, study
 from .options import CommandError, Parser, add_drawing_options, add_source_options, memory, one_of, shares, whole
@@ -121,7 +122,11 @@ def settle(given: Mapping[str, Any]) -> Drawing:
     if drawing.memory is not None:
         from ..lean.plan import bytes_of
 
-        bytes_of(drawing.memory)
+        try:
+            bytes_of(drawing.memory)
+        except ValueError:
+            size = printable(drawing.memory, 60)
+            raise CommandError(f"--memory must be a size such as 600MB or 1.5GB, not {size!r}.") from None
     return drawing
 
 

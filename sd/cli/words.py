@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import sys
@@ -76,10 +77,10 @@ def unsupported(error: BaseException) -> bool:
 
 def any_letters() -> None:
     """Have letters escaped that the terminal does not know, so that printing does not fail after the work is done."""
-    for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") in ("strict", "surrogateescape"):
-            with contextlib.suppress(AttributeError, ValueError, OSError):  # a stream of somebody's own
-                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):  # either may be a stream of somebody's own
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            with contextlib.suppress(ValueError, OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,247 @@
+"""What a picture says of itself is read within bounds, believed only where it can be, and fetches nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sd.cli.again import RECORDED
+from sd.cli.options import CommandError
+from sd.cli.settings import Drawing, differences, drawing_of, hashes_of, settings_used
+from sd.image import SIGNATURE, read_settings, save_png
+from sd.scheduler import make_scheduler
+from sd.weights.mapped import WeightFiles
+from tests.test_image import SETTINGS
+
+SOUND = {"prompt": "a red star", "model": "shapes", "num_inference_steps": 4}
+
+
+def chunk(kind, data, *, crc=None):
+    code = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", code)
+
+
+HEAD = SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+END = chunk(b"IEND", b"")
+BOMB = zlib.compress(b"[" + b" " * 150_000_000, 9)  # 150 kB that unpack to 150 MB
+TEXT = b"sd\0" + json.dumps(SOUND).encode()
+
+
+def png(path, *parts):
+    path.write_bytes(b"".join([HEAD, *parts]))
+    return path
+
+
+@pytest.fixture
+def said(tmp_path):
+    """Write a picture that says this of itself."""
+
+    def write(settings, name="a.png"):
+        info = PngInfo()
+        info.add_itxt("sd", settings if isinstance(settings, str) else json.dumps(settings))
+        Image.new("RGB", (8, 8)).save(tmp_path / name, pnginfo=info)
+        return str(tmp_path / name)
+
+    return write
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        chunk(b"tEXt", TEXT),
+        chunk(b"zTXt", b"sd\0\0" + zlib.compress(TEXT[3:])),
+        chunk(b"iTXt", b"sd\0\0\0en\0sd\0" + TEXT[3:]),
+        chunk(b"iTXt", b"sd\0\1\0\0\0" + zlib.compress(TEXT[3:])),
+    ],
+)
+@pytest.mark.parametrize(
+    "before", [b"", chunk(b"tEXt", b"sdx\0no") + chunk(b"IDAT", b"x" * 50) + chunk(b"tEXt", b"")]
+)
+def test_text_is_read_from_every_kind_of_chunk_wherever_it_stands(part, before, tmp_path):
+    assert read_settings(png(tmp_path / "a.png", before, part, END)) == SOUND
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([chunk(b"zTXt", b"sd\0\0" + BOMB), END], "damaged, or too long"),
+        ([chunk(b"iTXt", b"sd\0\1\0\0\0" + BOMB), END], "damaged, or too long"),
+        ([chunk(b"zTXt", b"comment\0\0" + BOMB), chunk(b"IDAT", BOMB), END], "no text chunk"),
+        ([chunk(b"IDAT", BOMB)], "a part of it is missing"),
+        ([chunk(b"tEXt", TEXT)[:-9]], "damaged, or too long"),
+        ([chunk(b"tEXt", TEXT, crc=7), END], "damaged, or too long"),
+        ([struct.pack(">I", 2**32 - 1) + b"tEXt" + TEXT], "damaged, or too long"),
+        ([struct.pack(">I", 2**32 - 1) + b"IDAT"], "a part of it is missing"),
+        ([chunk(b"zTXt", b"sd\0\0no zlib"), END], "its text is damaged"),
+        ([chunk(b"zTXt", b"sd\0"), END], "damaged"),
+        ([chunk(b"iTXt", b"sd\0"), END], "damaged"),
+        ([chunk(b"iTXt", b'sd\0\0\0\0\0"\xff"'), END], "not text in UTF-8"),
+        ([chunk(b"tEXt", b"sd\0" + b"[" * 900_000), END], "brackets"),
+        ([chunk(b"tEXt", b"sd\0[" + b"[]," * 300_000 + b"1]"), END], "no JSON object"),
+        ([chunk(b"tEXt", b'sd\0{"seed":' + b"9" * 9000 + b"}"), END], "too long"),
+        ([chunk(b"tEXt", b"")] * 50_000, "a part of it is missing"),
+        ([chunk(b"tEXt", b"")] * 80_000, "too many parts"),
+    ],
+)
+def test_hostile_pictures_take_little_and_are_one_sentence(parts, says, tmp_path):
+    path = png(tmp_path / "a.png", *parts)
+    assert path.stat().st_size < 1_000_000
+    start = time.process_time()
+    with pytest.raises(ValueError, match=says) as caught:
+        read_settings(path)
+    assert time.process_time() - start < 2
+    tracemalloc.start()  # in a second run, for it takes time itself
+    try:
+        with pytest.raises(ValueError, match=says):
+            read_settings(path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(f"{path} ")
+    assert str(caught.value).endswith(".")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "device.png", "."):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read_settings(tmp_path / name)
+    for name in ("none.png", "a\0b.png", "x" * 300):
+        with pytest.raises(ValueError, match="cannot be read as a picture"):
+            read_settings(tmp_path / name)
+
+
+def test_a_picture_of_another_format_is_not_tried(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "GIF")
+    with pytest.raises(ValueError, match="it is no PNG"):
+        read_settings(tmp_path / "a.png")
+
+
+# ---- settings, one by one
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("prompt", [["a"], 1, True, {}, "x" * 100_001, "\ud800"]),
+        ("negative_prompt", [["a"], 0, "\udcff"]),
+        ("seed", ["3", -1, 2**63, 10**400, 3.0, True, float("nan"), [1]]),
+        ("num_inference_steps", [0, -5, 10**9, 5.5, "7", False]),
+        ("height", [0, 7, 10**9, "8", 128.0]),
+        ("width", [0, 7, 10**9, True]),
+        ("guidance_scale", [float("nan"), float("inf"), -1, 101, 10**400, "7", True]),
+        ("eta", [float("-inf"), 2, "x", False]),
+        ("scheduler", ["euler", "PNDM\n", 3, ["ddim"]]),
+        ("dtype", ["load", "int8", "float", 16, "__class__"]),
+        ("model", [1, "", "a\0b", "x" * 1001, ["shapes"]]),
+        ("revision", [1, "", "a\0b"]),
+        ("ema", ["yes", 1, 0]),
+        ("config", ["c.json", [1], {"unet": 1}, {"unet": [1]}]),
+        ("model_hash", [5, "xyz", "a" * 65]),
+        ("others_hash", ["\x1b[31m"]),
+        ("tokenizer_hash", [[]]),
+    ],
+)
+def test_every_setting_is_checked(name, values, said):
+    assert not RECORDED.keys() - set(Drawing.__dataclass_fields__)
+    for value in values:
+        with pytest.raises(CommandError, match=rf"cannot be drawn again: its setting {name} is damaged \(") as caught:
+            drawing_of({"again": said(SOUND | {name: value})})
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400
+
+
+def test_other_names_and_nothing_are_passed_over(said):
+    drawing = drawing_of({"again": said(SOUND | {"output": "/etc/passwd", "force": True, "eta": None, "x": {}})})
+    assert drawing == Drawing("a red star", num_inference_steps=4, again=drawing.again)
+
+
+# ---- the model that a picture names
+
+
+@pytest.mark.parametrize(
+    "model", ["CompVis/stable-diffusion-v1-4", "gone.ckpt", "~/x.ckpt", "/here.ckpt", "C:\\x.ckpt"]
+)
+def test_a_picture_names_only_what_is_here(model, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here.ckpt").write_bytes(b"")
+    model = str(tmp_path / "here.ckpt") if model.startswith("/") else model
+    picture = said(SOUND | {"model": model, "revision": "v1; rm -rf ~", "hub_variant": "fp16"})
+    with pytest.raises(CommandError, match="--model ") as caught:
+        drawing_of({"again": picture})
+    assert model in str(caught.value)
+    assert "--revision 'v1; rm -rf ~' --hub-variant fp16" in str(caught.value)  # as a shell takes it for one word
+    assert drawing_of({"again": said(SOUND | {"model": "here.ckpt"})}).model == "here.ckpt"
+
+
+def test_what_belongs_to_a_model_goes_with_it(said):
+    hashes = {"model_hash": "ab", "others_hash": "cd", "tokenizer_hash": "ef"}
+    picture = said(SOUND | hashes | {"model": "me/mine", "revision": "r", "ema": True, "config": {"unet": {}}})
+    same = drawing_of({"again": picture, "model": "/disk/mine"})
+    assert (same.model_hash, same.others_hash, same.tokenizer_hash) == ("ab", "cd", "ef")
+    assert (same.ema, same.config) == (True, {"unet": {}})
+    assert same.revision is None  # that is fetched only where it is asked for
+    other = drawing_of({"again": picture, "model": "other.ckpt"})
+    assert other == Drawing("a red star", num_inference_steps=4, model="other.ckpt", again=picture)
+
+
+# ---- what is recorded
+
+
+def test_the_content_of_a_config_is_recorded_and_used_again(tmp_path):
+    config = {"unet": {"num_heads": 4}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    drawing = drawing_of({"prompt": "a red star", "config": str(tmp_path / "c.json")})
+    assert drawing.config == config
+    request = SimpleNamespace(scheduler=make_scheduler("ddim", 3), guidance_scale=2, height=8, width=8)
+    used = settings_used(drawing, SimpleNamespace(dtype="torch.float32"), request)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS | used | {"model_hash": "ab", "seed": 3})
+    again = drawing_of({"again": str(tmp_path / "a.png")})
+    assert (again.config, again.seed, again.scheduler) == (config, 3, "ddim")
+    (tmp_path / "d.json").write_text("{}")
+    assert drawing_of({"again": str(tmp_path / "a.png"), "config": str(tmp_path / "d.json")}).config == {}
+
+
+def model_of(folder, **texts):
+    files = WeightFiles(folder / "unet", [(folder / name, ListMap()) for name in ("unet", "vae", "text")])
+    text = SimpleNamespace(texts={"vocab.json": "{}", "merges.txt": "a"} | texts)
+    return SimpleNamespace(files=files, text=text, hash=files.digest[:10])
+
+
+class ListMap(list):
+    """Something that a weak reference can be to, as to a map."""
+
+
+def test_all_weights_and_the_tokenizer_are_compared(tmp_path):
+    for name in ("unet", "vae", "text"):
+        (tmp_path / name).write_text(name)
+    drew = hashes_of(model_of(tmp_path))
+    drawing = Drawing("a red star", again="a.png", **drew)
+    assert differences(drawing, hashes_of(model_of(tmp_path))) == []
+    (said,) = differences(drawing, hashes_of(model_of(tmp_path, **{"merges.txt": "b"})))
+    assert "another tokenizer" in said
+    for name, words in (
+        ("vae", "the text encoder or the VAE"),
+        ("text", "the text encoder"),
+        ("unet", "other weights"),
+    ):
+        (tmp_path / name).write_text(name + "!")
+        (said,) = differences(drawing, hashes_of(model_of(tmp_path)))
+        assert words in said
+        (tmp_path / name).write_text(name)
