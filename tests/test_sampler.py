@@ -269,3 +269,42 @@ def test_both_halves_may_be_longer_than_one_prompt(tiny):
     longer = torch.cat([tiny.encode_prompt("a star"), tiny.encode_prompt("a ring")], dim=1)
     call = {"num_inference_steps": 1, "output_type": "latent"}
     assert sd.SimpleSampler(tiny)(longer, negative_prompt_embeds=longer / 2, **call).isfinite().all()
+
+
+def test_numpys_numbers_are_numbers(tiny):
+    plain = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 2.5, "height": 64, "width": 64, "eta": 0.5}
+    kinds = {"seed": np.int64, "num_inference_steps": np.int32, "guidance_scale": np.float32, "height": np.uint16}
+    given = {name: kinds.get(name, np.float64 if name == "eta" else np.int64)(value) for name, value in plain.items()}
+    sampler = sd.SimpleSampler(tiny)
+    ours = sampler(PROMPT, scheduler="ddim", num_images_per_prompt=np.int8(2), output_type="pt", **given)
+    theirs = sampler(PROMPT, scheduler="ddim", num_images_per_prompt=2, output_type="pt", **plain)
+    assert torch.equal(ours, theirs)
+    request = sampler.request(PROMPT, scheduler="ddim", **given)
+    assert {type(x) for x in (*request.seeds, request.height, request.scheduler.num_inference_steps)} == {int}
+    for wrong in (np.bool_(True), np.float32(2), np.nan, True):
+        with pytest.raises(ValueError, match="seed must be"):
+            sampler.request(PROMPT, seed=wrong)
+
+
+def test_no_negative_prompt_is_an_empty_one(tiny):
+    sampler = sd.SimpleSampler(tiny)
+    ours, theirs = (sampler.request(PROMPT, negative_prompt=nothing).negative for nothing in (None, ""))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("generator", "seed"),
+        ("num_images", "num_images_per_prompt"),
+        ("callback", "stream"),
+        ("callback_on_step_end", "stream"),
+        ("cfg_scale", "guidance_scale"),
+        ("steps", "num_inference_steps"),
+        ("wieght", "SimpleSampler"),
+    ],
+)
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_arguments_of_others_are_told_what_to_do(tiny, name, word, kind):
+    with pytest.raises(kind, match=rf"^Samplers take no argument {name}: .*{word}.*\.$"):
+        sd.SimpleSampler(tiny)(PROMPT, **{name: 1})

@@ -15,6 +15,7 @@ from PIL import Image
 
 import sd
 from sd import study
+from sd.weights.checkpoint import write_safetensors
 from tests.layouts import make_model
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "examples" / part) for part in ("lab", "shapes")]
@@ -59,6 +60,32 @@ def test_trace(tiny, tmp_path):
     assert plain.norms["x"][0].item() < 1.3  # what the UNet is given, not LMS' own x
     with pytest.raises(ValueError, match="no 'noise_without'"):
         plain.picture(kind="noise_without")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "says"),
+    [
+        ({}, "[" * 100_000, "brackets"),
+        ({}, "[1]", "no JSON object"),
+        ({}, "{", "not JSON"),
+        ({}, '{"seeds": ' + "9" * 5000 + "}", "a number that is too long"),
+        ({"latents": torch.zeros(1, 4, 8, 7)}, "{}", "does not fit"),
+        ({"timesteps": torch.zeros(4)}, "{}", "does not fit"),
+        ({"timesteps": torch.zeros(())}, "{}", "does not fit"),
+        ({"noise": torch.zeros(5, 1, 4, 8, 8, dtype=torch.int64)}, "{}", "tensor noise does not fit"),
+        ({"rgb": torch.zeros(3, 3)}, "{}", "tensor rgb does not fit"),
+        ({"x": torch.zeros(5, 1, 4, 8)}, "{}", "tensor x does not fit"),
+    ],
+)
+def test_damaged_traces_are_refused(tensors, settings, says, tmp_path):
+    whole = {kind: torch.zeros(5, 1, 4, 8, 8) for kind in ("x", "noise_without", "noise_with", "noise", "x0")}
+    whole |= {"timesteps": torch.zeros(5), "latents": torch.zeros(1, 4, 8, 8), "rgb": torch.zeros(5, 3)}
+    write_safetensors(tmp_path / "sound", whole, {"trace": "{}"})
+    assert study.Trace.load(tmp_path / "sound").settings == {}
+    write_safetensors(tmp_path / "damaged", whole | tensors, {"trace": settings})
+    with pytest.raises(ValueError, match=says) as caught:
+        study.Trace.load(tmp_path / "damaged")
+    assert str(caught.value).startswith(f"{tmp_path / 'damaged'} is a damaged trace: ")
 
 
 def test_what_others_call_between_two_steps_is_not_traced(tiny):
