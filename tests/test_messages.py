@@ -202,6 +202,7 @@ def test_signals_end_the_command_as_ctrl_c_does(number, tmp_path):
     assert list(tmp_path.iterdir()) == []  # nor the folder that was made for nothing
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_keep_both_pictures(tmp_path):
     command = [sys.executable, "-m", "sd", STAR, "--steps", "1", "--quiet"]
     for _ in range(2):

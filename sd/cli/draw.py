@@ -171,8 +171,11 @@ def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterato
         request = sampler.request(drawing.prompt, seed=seed, num_images_per_prompt=n, **drawing.call)
         numbers = f" {done + 1}{f'-{done + n}' if n > 1 else ''}/{drawing.count}" if drawing.count > 1 else ""
         total = len(request.scheduler.timesteps)
-        if drawing.variant != "simple":
-            sampler.make_plan(request)  # type: ignore[attr-defined]  # too little memory is said before a bar is shown
+        if drawing.variant == "lean":
+            from ..lean.sampler import LeanSampler
+
+            assert isinstance(sampler, LeanSampler)
+            sampler.make_plan(request)  # too little memory is said before a bar is shown
         for step in tqdm(sampler.run(request), f"drawing{numbers}", total, unit="step", disable=not show):
             latents = step.latents
         images = sampler.decode(latents)

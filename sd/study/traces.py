@@ -75,7 +75,7 @@ class Trace:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write one .safetensors file, whole or not at all. Raises ValueError where it exists, unless `force`."""
         if Path(path).exists() and not force:
-            raise ValueError(f"{path} exists: choose another name, or write over it with force=True.")
+            raise ValueError(f"{path} exists: choose another name, or write over it with force=True (--force).")
         tensors = {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
         write_safetensors(path, tensors, {"format": "pt", "trace": json.dumps(self.settings)}, force=force)
 
