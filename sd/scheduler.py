@@ -28,8 +28,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .files import printable
-
 State = tuple[Tensor, ...]  # what a solver remembers
 
 
@@ -313,7 +311,7 @@ def make_scheduler(
     given, name = name, str(name).lower().removesuffix("scheduler")
     name = OTHER_NAMES.get(name, name)
     if name not in tuple(SCHEDULERS):
-        raise ValueError(f"no scheduler is called {printable(given, 60)!r}; there are {', '.join(SCHEDULERS)}")
+        raise ValueError(f"no scheduler is called {str(given)[:60]!r}; there are {', '.join(SCHEDULERS)}")
     if name == "ddim":
         return DDIM(num_inference_steps, eta, schedule=schedule)
     if eta != 0:

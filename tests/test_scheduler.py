@@ -452,7 +452,7 @@ def test_refused_eta(eta):
             make_scheduler(name, 50, eta)
 
 
-@pytest.mark.parametrize("name", ["euler", "PNDM", "", None, 3, ["pndm"]])
+@pytest.mark.parametrize("name", ["euler", "PNDM2", "", None, 3, ["pndm"]])
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="there are pndm, ddim, lms"):
         make_scheduler(name, 50)
@@ -462,6 +462,8 @@ def test_make_scheduler():
     assert make_scheduler("pndm", 50) == PNDM(50)
     assert make_scheduler("ddim", 50, 0.5) == DDIM(50, eta=0.5)
     assert make_scheduler("lms", 50, eta=0.0) == LMS(50)
+    for name in ("PNDM", "PLMS", "PNDMScheduler"):  # as people write it, ldm and diffusers
+        assert make_scheduler(name, 50) == PNDM(50)
     assert make_scheduler("lms", 50, schedule=OTHER).schedule is OTHER
     assert all(issubclass(s, Scheduler) for s in SCHEDULERS.values())
 
