@@ -185,7 +185,7 @@ def test_a_picture_names_only_what_is_here(model, said, tmp_path, monkeypatch):
     picture = said(SOUND | {"model": model, "revision": "v1; rm -rf ~", "hub_variant": "fp16"})
     with pytest.raises(CommandError, match="--model ") as caught:
         drawing_of({"again": picture})
-    assert model in str(caught.value)
+    assert model[-20:] in str(caught.value)  # a long one loses its middle
     assert "--revision 'v1; rm -rf ~' --hub-variant fp16" in str(caught.value)  # as a shell takes it for one word
     assert drawing_of({"again": said(SOUND | {"model": "here.ckpt"})}).model == "here.ckpt"
 
