@@ -33,10 +33,16 @@ def printable(text: object, limit: int = 200) -> str:
     """
     whole = str(text)
     ends = [whole] if len(whole) <= limit else [whole[:limit], whole[-limit:]]
-    shown = ["".join(c if c.isprintable() and c not in BLANK else ascii(c)[1:-1] for c in end) for end in ends]
-    if len(shown) == 1 and len(shown[0]) <= limit:
-        return shown[0]
-    return f"{shown[0][: 2 * limit // 3]} ... {shown[-1][-(limit // 3) :]}"
+    parts = ["".join(c if c.isprintable() and c not in BLANK else ascii(c)[1:-1] for c in end) for end in ends]
+    if len(parts) == 1 and len(parts[0]) <= limit:
+        return parts[0]
+    return f"{parts[0][: 2 * limit // 3]} ... {parts[-1][-(limit // 3) :]}"
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """A value as messages show it: in quotation marks if it is a text, printable, and cut."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def reason_of(error: OSError) -> str:

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from itertools import count
 
 import pytest
@@ -212,7 +213,9 @@ def test_the_first_signal_counts_and_handlers_go():
 def test_a_rank_writes_its_picture_before_a_signal_ends_it(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("SD_RANK", "/tmp")):
         monkeypatch.setenv(name, value)
-    heard = []
+    heard, done = [], threading.Event()
+    other = threading.Thread(target=done.wait)  # as the watch of a rank, which could be given the signal
+    other.start()
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("signal"))
     try:
         with launch.signals_wait():
@@ -221,6 +224,8 @@ def test_a_rank_writes_its_picture_before_a_signal_ends_it(monkeypatch):
         assert heard == ["written", "signal"]
     finally:
         signal.signal(signal.SIGTERM, before)
+        done.set()
+        other.join()
 
 
 def test_ranks_take_the_seed_that_was_drawn_for_all(monkeypatch):

@@ -246,15 +246,22 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP wait: for a rank, which they end at once, while it writes a picture."""
-    if not is_rank() or not hasattr(signal, "pthread_sigmask"):
+    """Within the block SIGTERM and SIGHUP wait: for a rank, which they end at once, while it writes a picture.
+
+    By handlers, for a mask is of one thread, and the system would give the signal to another.
+    """
+    if not is_rank() or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in heard[:1]:
+            signal.raise_signal(number)
 
 
 def wait(children: Sequence[subprocess.Popen[bytes]], place: Path) -> dict[int, int]:

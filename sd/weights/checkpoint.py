@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..files import PlainError, reason_of, writing
+from ..files import PlainError, reason_of, shown, writing
 
 # SD v1 files have 0.2 MB of pickle and 0.1 MB of zip directory. The first bounds what _unpickle may cost.
 MAX_PICKLE, MAX_INDEX = 8 << 20, 16 << 20  # bytes
@@ -272,12 +272,12 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, kind, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
             if kind not in _DTYPES.values():
-                raise _Fault(f"holds {_quote(name)} of type {_quote(kind)}", "give weights in float16")
+                raise _Fault(f"holds {shown(name)} of type {shown(kind)}", "give weights in float16")
             dtype = next(dtype for dtype in _DTYPES if _DTYPES[dtype] == kind)
             if not isinstance(shape, list) or not _sane(shape, (start, stop)):
-                raise ValueError(f"{_quote(name)} has no size")
+                raise ValueError(f"{shown(name)} has no size")
             if (start, stop) != (end, end + prod(shape) * dtype.itemsize):
-                raise ValueError(f"{_quote(name)} does not fit its place")
+                raise ValueError(f"{shown(name)} does not fit its place")
             tensors[name], end = _flat(mapped, dtype, 8 + length + start, prod(shape)).view(shape), stop
     except _MALFORMED as error:
         raise _Fault(f"is no sound safetensors file ({_one_line(error)})") from error
@@ -297,7 +297,7 @@ def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[st
         described = {name: value for name, value in state.items() if isinstance(value, _Tensor)}
         _few(described)
         if state and not described:
-            raise _Fault(f"holds no tensors but {', '.join(_quote(key) for key in list(state)[:4])}", _ALONE)
+            raise _Fault(f"holds no tensors but {', '.join(shown(key) for key in list(state)[:4])}", _ALONE)
         tensors = {name: archive.tensor(name, value) for name, value in described.items()}
     except _MALFORMED as error:
         raise _Fault(f"is damaged ({_one_line(error)})") from error
@@ -342,7 +342,7 @@ class _Archive:
         """Where a member's bytes lie: (start, length)."""
         entry = self.entries.get(self.root + member)
         if entry is None:
-            raise _Fault(f"is damaged ({_quote(member)} is not in its zip)")
+            raise _Fault(f"is damaged ({shown(member)} is not in its zip)")
         if entry.compress_type or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
             raise _Fault("is a compressed zip, unlike torch.save's", "pack it again without compression")
         name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
@@ -352,9 +352,9 @@ class _Archive:
         signature, name_length, extra_length = struct.unpack_from("<4s22xHH", header)
         start = entry.header_offset + 30 + name_length + extra_length
         if (signature, name_length, header[30:]) != (b"PK\x03\x04", len(name), name):
-            raise _Fault(f"is damaged ({_quote(member)} is not where its zip says)")
+            raise _Fault(f"is damaged ({shown(member)} is not where its zip says)")
         if start + entry.file_size > self.size:
-            raise _Fault(f"is damaged ({_quote(member)} ends behind the file)")
+            raise _Fault(f"is damaged ({shown(member)} ends behind the file)")
         return start, entry.file_size
 
     def storage(self, wanted: _Storage) -> torch.Tensor:
@@ -362,7 +362,7 @@ class _Archive:
             dtype, key, numel = wanted
             start, length = self.span(f"data/{key}")
             if not 0 <= numel <= length // dtype.itemsize:
-                raise _Fault(f"is damaged (storage {_quote(key)} has only {length} bytes)")
+                raise _Fault(f"is damaged (storage {shown(key)} has only {length} bytes)")
             self.storages[wanted] = _flat(self.map, dtype, start, numel)
         return self.storages[wanted]
 
@@ -376,7 +376,7 @@ class _Archive:
             # nor more elements than the storage has: stride 0 would make terabytes out of one number
             if inside and prod(size) <= flat.numel():
                 return torch.as_strided(flat, size, stride, offset)
-        raise _Fault(f"is damaged or forged ({_quote(name)} does not fit into its storage)")
+        raise _Fault(f"is damaged or forged ({shown(name)} does not fit into its storage)")
 
 
 # ---- the pickle in it, without pickle
@@ -424,7 +424,7 @@ def _unpickle(data: bytes) -> Any:
         elif op in ("GLOBAL", "STACK_GLOBAL", "INST"):
             name = " ".join((stack.pop(-2), stack.pop())) if op == "STACK_GLOBAL" else arg
             if name not in _GLOBALS or op == "INST":
-                name = _quote(str(name).replace(" ", "."))
+                name = shown(str(name).replace(" ", "."))
                 raise _Fault(f"asks to run {name}: refused, and nothing was run", _AS_SAFE)
             stack.append(_Global(name))
         elif op in ("REDUCE", "NEWOBJ"):
@@ -471,10 +471,6 @@ def _persistent(pid: Any) -> _Storage:
     if (word, type(key), type(numel)) != ("storage", str, int) or not isinstance(dtype, torch.dtype):
         raise ValueError("a persistent id that is no storage")
     return _Storage(dtype, key, numel)
-
-
-def _quote(text: str) -> str:  # repr: a file's own words bring no control characters to a terminal
-    return repr(text if len(text) <= 120 else text[:117] + "...")
 
 
 def _one_line(error: Exception) -> str:
@@ -526,7 +522,7 @@ def _header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: M
     end = 0
     for name, (dtype, shape) in tensors.items():
         if dtype not in _DTYPES or name == "__metadata__":
-            raise _Fault(f"tensor {_quote(name)} of type {dtype} has no place in safetensors", "leave it out")
+            raise _Fault(f"tensor {shown(name)} of type {dtype} has no place in safetensors", "leave it out")
         start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     try:

@@ -6,10 +6,11 @@ than SD_HUB_TIMEOUT allows (see web.py). Whatever goes wrong is a HubError, in o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from ..files import SmallFileError, parse_json, read_utf8
+from ..files import SmallFileError, parse_json, read_utf8, shown
 from . import web
 from .hub_cache import (
     COMMIT,
@@ -39,7 +40,6 @@ from .layout import (
     local_files,
     local_weights,
     merged,
-    shown,
     usual,
     variants_of,
     weight_files,
@@ -245,7 +245,7 @@ class Repository:
                 self.reason,
             )
         progress = web.Progress(partial(files_size, self.name))
-        try:
+        with self._told("could not be downloaded", "try again; what is there is kept"):
             try:
                 web.answers([partial(self._fetch_one, name, progress) for name in missing], progress)
             except BaseException:  # Ctrl-C, too
@@ -254,13 +254,6 @@ class Repository:
             lost = next((name for name in missing if not (self.folder / name).is_file()), None)
             if lost:
                 raise ValueError(f"{lost} did not arrive")
-        except HubError:
-            raise
-        except Exception as error:
-            sentence = self._no(error) or (
-                f"{self.name} could not be downloaded ({web.cause_of(error)}): try again; what is there is kept."
-            )
-            raise HubError(sentence, web.cause_of(error)) from error
         if not self.offline:
             remember(self.name, self.revision or "main", self.commit)
 
@@ -292,7 +285,7 @@ class Repository:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, file, revision=self.commit)
-        try:
+        with self._told(f"has {file}, which could not be looked at", "try again"):
             data = web.answer(partial(web.read_url, url, self.token, MOST, 1 << 17))
             size = 8 + int.from_bytes(data[:8], "little")
             if len(data) < 8 or size > MOST:
@@ -302,13 +295,17 @@ class Repository:
             if size > len(data):
                 raise ValueError("its header was cut off")
             return tensors_of_header(data[8:size])
+
+    @contextlib.contextmanager
+    def _told(self, what: str, remedy: str) -> Iterator[None]:
+        """What fails in the block is a HubError: by what the Hub said, else what failed and why."""
+        try:
+            yield
         except HubError:
             raise
         except Exception as error:
-            sentence = self._no(error) or (
-                f"{file} of {self.name} could not be looked at ({web.cause_of(error)}): try again."
-            )
-            raise HubError(sentence, web.cause_of(error)) from error
+            cause = web.cause_of(error)
+            raise HubError(self._no(error) or f"{self.name} {what} ({cause}): {remedy}.", cause) from error
 
 
 # ---- what comes

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from ..files import PlainError
+from ..files import PlainError, shown
 
 T = TypeVar("T")
 
@@ -52,12 +52,6 @@ class HubError(PlainError):
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason or message.rstrip(".")
-
-
-def shown(value: object) -> str:
-    """A value as messages show it: in quotation marks, without control characters, and not too long."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 # ---- which files hold the weights

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from .layout import HubError, shown
+from ..files import shown
+from .layout import HubError
 
 SECONDS, LONGEST = 30.0, 86_400.0
 OFFLINE = "HF_HUB_OFFLINE is set"
