@@ -15,7 +15,7 @@ from ..files import printable
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAST_SEED = 2**63 - 1
-RANDOM = -1  # a seed that is chosen by lot
+RANDOM = -1  # a seed that is chosen at random
 SHOWN = 60  # characters of a wrong word that its message repeats
 
 

@@ -88,7 +88,7 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if isinstance(settings.get("config"), str):  # its content, so that the picture can tell it
         settings["config"] = config_in(settings["config"])
     if settings.get("seed") == RANDOM:
-        settings["seed"] = seed_by_lot()
+        settings["seed"] = random_seed()
     drawing = Drawing(**settings)
     last = drawing.seed + drawing.count - 1
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
@@ -103,7 +103,7 @@ def config_in(path: str) -> Mapping[str, Any]:
     return config
 
 
-def seed_by_lot() -> int:
+def random_seed() -> int:
     """Any seed, as long as other tools take it too; one for all ranks."""
     if launch.is_rank() and not os.environ.get(launch.SEED):
         raise CommandError("Ranks need one seed, and each would choose its own: give a number to --seed.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FOLDER = "SD_RANK"  # in the environment of the ranks that `launch` starts: the private folder where they meet
 PARENT = "SD_LAUNCHER"  # the process that started them
-SEED = "SD_SEED"  # the seed that it chose by lot, which must be one for all
+SEED = "SD_SEED"  # the seed that it chose at random, which must be one for all
 ECHO = "Another rank is gone"  # so begins what a rank says that ends only because another one did
 PATIENCE = 1.0  # seconds in which a rank with another reason may still end by itself
 NAMES = {item.value: item.name for item in signal.Signals}
@@ -158,7 +158,7 @@ def note_of(place: Path, rank: int) -> Path:
 
 
 def start_ranks(arguments: Sequence[str], ranks: int, seed: int = 0) -> None:
-    """Run `artist` with these arguments as `ranks` processes; `seed` is theirs where they are told to take any.
+    """Run `artist` with these arguments as `ranks` processes; `seed` is theirs where `--seed -1` lets them take any.
 
     Raises LaunchError, naming who failed first.
     """

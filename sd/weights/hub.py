@@ -45,8 +45,8 @@ from .layout import (
     weight_files,
 )
 
-__all__ = ["CLIP", "HubError", "Repository", "cached_tokenizer", "check_links", "check_names", "clip_tokenizer",
-           "is_repository", "local_weights", "merged", "snapshot_in"]  # fmt: skip
+__all__ = ["CLIP", "HubError", "Repository", "cached_tokenizer", "check_names", "clip_tokenizer", "is_repository",
+           "snapshot_in"]  # fmt: skip
 
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer Stable Diffusion v1 uses
 MOST = 16 << 20  # bytes of a listing, or of a header

@@ -19,7 +19,7 @@ from ..files import SmallFileError, parse_json, read_json
 from ..text import TextConfig, own_names, text_shapes
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
-from . import hub, names
+from . import hub, layout, names
 from .checkpoint import read
 from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
 from .defaults import Defaults, check_schedule, defaults_from_hub, prediction_type
@@ -129,13 +129,13 @@ def find_file(path: Path, name: str) -> Source:
 def find_folder(folder: Path, name: str, variant: str | None, look: bool = False) -> Source:
     """A folder of the Hub's layout; tensors get their CompVis names here."""
     if not (folder / "unet/config.json").is_file():
-        hub.check_links(folder, ["unet/config.json"], name)
+        layout.check_links(folder, ["unet/config.json"], name)
         files = sorted(p.name for p in folder.iterdir() if p.suffix in {".ckpt", ".safetensors"})
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
-    chosen = hub.local_weights(folder, variant, name)  # a part may be in several files
+    chosen = layout.local_weights(folder, variant, name)  # a part may be in several files
     opened = {part: {file: read(folder / file) for file in files} for part, files in chosen.items()}
-    tensors = {p: hub.merged({n: file.tensors for n, file in files.items()}, name) for p, files in opened.items()}
+    tensors = {p: layout.merged({n: file.tensors for n, file in files.items()}, name) for p, files in opened.items()}
     found = describe_folder(folder, name, tensors, folder / chosen["unet"][0], look)
     found.maps = [(file.path, file.map) for files in opened.values() for file in files.values()]
     return found
