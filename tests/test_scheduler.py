@@ -142,7 +142,7 @@ def test_bits_of_every_count(name):
 @pytest.mark.slow
 def test_lms_of_many_counts():
     theirs = reference("lms")
-    for n in [*range(1, 60), *range(60, 1001, 94), 999, 1000]:
+    for n in range(1, 1001) if os.environ.get("SD_TEST_ALL") else [*range(1, 40), 100, 333, 999, 1000]:
         assert worst(trajectory(LMS(n)), reference_trajectory(theirs, n)) < 3e-6, n
 
 
@@ -232,10 +232,14 @@ def test_true_noise_leads_back_to_the_image(make, n, seed, schedule):
     generator = torch.Generator().manual_seed(seed)
     x0, noise = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
     x, state = s.add_noise(x0, noise, 0), s.init_state()
+    # PNDM's and DDIM's coefficients are rounded to float32: each step errs by a few parts in 2**24 of x, and what is
+    # wrong already grows as the signal in x does. LMS's are exact.
+    rounding, bound = 0 if isinstance(s, LMS) else 2**-22, 1e-10
     for i in range(len(s.timesteps)):
-        # coefficients are float32's, and there are up to 1000 of them in a row
-        torch.testing.assert_close(x, s.add_noise(x0, noise, i), rtol=0, atol=1e-4)
-        torch.testing.assert_close(s.denoised(i, noise, x), x0, rtol=0, atol=1e-4 / s._level(i)[0])
+        signal, before = s._level(i)[0], s._level(max(i - 1, 0))[0]
+        bound = bound * max(1, signal / before) + rounding * x.abs().max().item()
+        torch.testing.assert_close(x, s.add_noise(x0, noise, i), rtol=0, atol=bound)
+        torch.testing.assert_close(s.denoised(i, noise, x), x0, rtol=0, atol=bound / signal)
         fresh = torch.randn(4, 3, generator=generator, dtype=torch.float64)
         if s.eta:  # what is drawn anew is then part of the noise that is there
             z, _ = s.step(i, noise, x, state, variance_noise=fresh)
@@ -245,7 +249,7 @@ def test_true_noise_leads_back_to_the_image(make, n, seed, schedule):
         else:
             x, state = s.step(i, noise, x, state)
     final = 1.0 if isinstance(s, LMS) or schedule.set_alpha_to_one else V1.alphas_cumprod[0].item()
-    torch.testing.assert_close(x, final**0.5 * x0 + (1 - final) ** 0.5 * noise, rtol=0, atol=1e-4)
+    torch.testing.assert_close(x, final**0.5 * x0 + (1 - final) ** 0.5 * noise, rtol=0, atol=bound / signal)
 
 
 def gaussian_error(scheduler, spread=0.5):
