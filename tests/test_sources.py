@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import sd
 from sd.text import TextConfig
-from sd.weights.configs import fits
+from sd.weights.configs import config_of, fits
 from tests.layouts import compvis_tensors, write_ckpt, write_hub, write_tokenizer
 
 
@@ -204,11 +204,17 @@ def test_damage_to_a_converted_file_is_refused_or_without_consequence(tiny, tmp_
 
 @pytest.mark.parametrize("kind", [sd.UNetConfig, sd.VAEConfig, TextConfig])
 def test_every_field_of_a_config_has_bounds(kind):
-    """A field that is added needs its line in the tables of source.py: without one nothing fits it."""
+    """A field that is added needs its line in the tables of configs.py: without one nothing fits it."""
     for field in fields(kind):
         assert fits(field.name, field.default)
         for value in (None, "x", -1, 0, 1e30, 10**12, True, (1, "x"), [1], float("nan")):
             assert not fits(field.name, value), (field.name, value)
+
+
+def test_sizes_that_fit_one_by_one_can_be_too_many_layers_together():
+    with pytest.raises(sd.LoadError, match="cannot have [0-9,]+ layers"):
+        config_of(sd.UNetConfig, {"transformer_depth": 64, "num_res_blocks": 16})
+    config_of(sd.UNetConfig, {"transformer_depth": 10})  # SDXL's deepest
 
 
 @pytest.mark.parametrize("kind", [sd.UNetConfig, sd.VAEConfig, TextConfig])
