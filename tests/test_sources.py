@@ -212,7 +212,7 @@ def test_every_field_of_a_config_has_bounds(kind):
 
 
 def test_sizes_that_fit_one_by_one_can_be_too_many_layers_together():
-    with pytest.raises(sd.LoadError, match="cannot have [0-9,]+ layers"):
+    with pytest.raises(sd.LoadError, match=r"cannot have [0-9,]+ layers"):
         config_of(sd.UNetConfig, {"transformer_depth": 64, "num_res_blocks": 16})
     config_of(sd.UNetConfig, {"transformer_depth": 10})  # SDXL's deepest
 
