@@ -116,12 +116,19 @@ def test_every_word_is_one_token():
 
 @pytest.mark.slow
 def test_the_trainer_trains_and_resumes(tmp_path):
-    """Two steps of each stage, then two more; and the result can be packed and drawn with."""
-    script = ROOT / "examples" / "shapes" / "train.py"
-    small = ["--out", tmp_path, "--vae-batch", 2, "--latents", 64, "--unet-batch", 4, "--threads", 1]
-    for steps in (2, 4):
-        run(script, *small, "--text-steps", steps, "--vae-steps", steps, "--unet-steps", steps, cwd=tmp_path)
-    run(ROOT / "examples" / "shapes" / "export.py", tmp_path, tmp_path / "m.safetensors", cwd=tmp_path)
+    """All stages, stopped after the second one and then gone on with; the result can be packed and drawn with."""
+    script, out = ROOT / "examples" / "shapes" / "train.py", tmp_path / "run"
+    small = ["--out", out, "--text-steps", 2, "--vae-steps", 2, "--vae-batch", 2, "--latents", 64]
+    small += ["--unet-batch", 4, "--threads", 1, "--no-bfloat16"]
+    nothing = run(script, *small, "--unet-steps", 0, cwd=tmp_path)
+    assert "float32 on" in nothing.stdout
+    run(script, *small, "--unet-steps", 2, cwd=tmp_path)
+    refused = subprocess.run(
+        [sys.executable, script, *map(str, small), "--unet-steps", "3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "unet.pt is of another recipe (steps is 2 in it, and 3 here)" in refused.stderr
+    run(ROOT / "examples" / "shapes" / "export.py", out, tmp_path / "m.safetensors", cwd=tmp_path)
     (image,) = sd.SimpleSampler(sd.load(tmp_path / "m.safetensors"))("a red star", num_inference_steps=1)
     assert image.size == (128, 128)
 

@@ -45,7 +45,8 @@ def objects(image: Image.Image, background: str) -> dict[tuple[str, str], np.nda
     pixels, ground = np.asarray(image, dtype=np.float32), PALETTE[NAMES.index(background)]
     others = np.array([c for name, c in COLOURS.items() if name != background], dtype=np.float32)
     nearer = np.linalg.norm(pixels[:, :, None] - others, axis=3).min(2) < np.linalg.norm(pixels - ground, axis=2)
-    return {read_object(m, pixels, ground)[:2]: filled(m) for m in components(nearer)}
+    masks = [(read_object(m, pixels, ground), m) for m in components(nearer)]
+    return {(one.colour, one.shape): filled(m) for one, m in masks}
 
 
 def top_share(values: torch.Tensor, mask: np.ndarray, part: float) -> float:

@@ -13,7 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scenes import SIZE
-from train import SPREAD, TEXT, UNET, VAE_SIZES, Text
+from text_stage import TEXT, Text
+from unet_stage import SPREAD, UNET
+from vae_stage import VAE_SIZES
 from vocabulary import WORDS, tokenizer_files
 
 import sd
@@ -33,11 +35,11 @@ def trained(folder: Path) -> sd.StableDiffusion:
     text = Text(folder)
     text.load_state_dict(state("text", "module"))
     # The trainer scales latents to a standard deviation of SPREAD: that is the scale factor of the model.
-    scale = SPREAD / torch.load(folder / "latents.pt", weights_only=True).std().item()
+    scale = SPREAD / state("latents", "latents").std().item()
     vae = sd.VAE(replace(VAE_SIZES, scale_factor=scale))
     vae.load_state_dict(state("vae", "module"))
     unet = sd.UNet(UNET)
-    unet.load_state_dict(state("unet", "ema"))
+    unet.load_state_dict(state("unet", "average"))
     config = TextConfig(**TEXT, vocab_size=text.clip.config.vocab_size)
     encoder = TextEncoder(config, text.clip.state_dict(), tokenizer_files(), WORDS)
     return sd.StableDiffusion(unet.eval(), vae.eval(), encoder, name="shapes", size=SIZE, defaults=BEST)

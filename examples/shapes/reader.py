@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,18 @@ NAMES = list(COLOURS)
 GRID = 32  # masks are compared at this size
 LEAST_OVERLAP = 0.65  # of an object with the best of the shapes: a clean one has over 0.9, a blot 0.5
 SPECK = 0.004  # of the picture: smaller spots are not objects; the smallest star is 0.015
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object as a picture has it; radius, x and y are of the picture's width."""
+
+    colour: str
+    shape: str
+    radius: float
+    x: float
+    y: float
+    mask: np.ndarray  # (H, W) of bool: the pixels that are nearer to its colour than to the background's
 
 
 class UnreadableError(ValueError):
@@ -67,8 +80,8 @@ def shifted(mask: np.ndarray, combine: np.ufunc) -> np.ndarray:
     return combine.reduce([mask, *(np.roll(mask, s, axis) for axis in (0, 1) for s in (-1, 1))])
 
 
-def read_object(mask: np.ndarray, pixels: np.ndarray, background: np.ndarray) -> tuple[str, str, float, float, float]:
-    """Colour, shape, radius and centre (of the width) of the object roughly under a mask."""
+def read_object(mask: np.ndarray, pixels: np.ndarray, background: np.ndarray) -> Found:
+    """The object that is roughly under a mask."""
     inner = shifted(mask, np.logical_and)  # without its rim, whose colours are mixed with the background's
     own = np.median(pixels[inner if inner.sum() > 20 else mask], axis=0)
     colour = nearest_colour(own)
@@ -88,14 +101,12 @@ def read_object(mask: np.ndarray, pixels: np.ndarray, background: np.ndarray) ->
         raise UnreadableError(f"a {colour} {shape} is stretched")
     radius = (box.shape[1] / width + box.shape[0] / height) / 2 / SIZE
     ys, xs = np.nonzero(mask)
-    return colour, shape, radius, (xs.min() + xs.max()) / 2 / SIZE, (ys.min() + ys.max()) / 2 / SIZE
+    x, y = (xs.min() + xs.max() + 1) / 2 / SIZE, (ys.min() + ys.max() + 1) / 2 / SIZE
+    return Found(colour, shape, radius, x, y, mask)
 
 
-def read(image: Image.Image) -> Scene:
-    """The scene in a picture; two objects in the order left, right or top, bottom.
-
-    Raises UnreadableError where there are no objects or over two, or one is of no known shape or size.
-    """
+def find(image: Image.Image) -> tuple[str, list[Found]]:
+    """The background's colour, and the objects. Raises UnreadableError where one is of no known shape."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate(
         [
@@ -111,19 +122,28 @@ def read(image: Image.Image) -> Scene:
     to_background = np.linalg.norm(pixels - ground, axis=2)
     others = np.array([c for n, c in COLOURS.items() if n != background], dtype=np.float32)
     to_others = np.linalg.norm(pixels[:, :, None] - others, axis=3).min(axis=2)
-    found = [read_object(m, pixels, ground) for m in components(to_others < to_background)]
+    return background, [read_object(m, pixels, ground) for m in components(to_others < to_background)]
+
+
+def read(image: Image.Image) -> Scene:
+    """The scene in a picture; two objects in the order left, right or top, bottom.
+
+    Raises UnreadableError where there are no objects or over two, or one is of no known shape or size.
+    """
+    background, found = find(image)
     if len(found) == 1:
-        ((colour, shape, radius, *_),) = found
-        if not (0.10 < radius < 0.21 or 0.25 < radius < 0.40):
-            raise UnreadableError(f"the {shape} is neither small nor large: radius {radius:.2f} of the width")
-        return Scene((Object(colour, shape, "centre", "small" if radius < 0.23 else "large"),), background)
+        (one,) = found
+        if not (0.10 < one.radius < 0.21 or 0.25 < one.radius < 0.40):
+            raise UnreadableError(f"the {one.shape} is neither small nor large: radius {one.radius:.2f} of the width")
+        size = "small" if one.radius < 0.23 else "large"
+        return Scene((Object(one.colour, one.shape, "centre", size),), background)
     if len(found) != 2:
         raise UnreadableError(f"{len(found)} objects")
-    (ax, ay), (bx, by) = (f[3:] for f in found)
-    sideways = abs(ax - bx) > abs(ay - by)
-    found.sort(key=lambda f: f[3 if sideways else 4])
+    a, b = found
+    sideways = abs(a.x - b.x) > abs(a.y - b.y)
+    found.sort(key=lambda one: one.x if sideways else one.y)
     places = ("left", "right") if sideways else ("top", "bottom")
-    objects = tuple(Object(f[0], f[1], place) for f, place in zip(found, places, strict=True))
+    objects = tuple(Object(one.colour, one.shape, place) for one, place in zip(found, places, strict=True))
     return Scene(objects, background)
 
 

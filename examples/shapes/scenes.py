@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,18 @@ CENTRES = {
     "top": (0.5, 0.27),
     "bottom": (0.5, 0.73),
 }
+# Pairs that a second training never sees (train.py --held-out): does the model know what a red star is, from
+# red things and from stars?
+HELD_OUT = frozenset(
+    {
+        ("red", "star"),
+        ("blue", "ring"),
+        ("green", "circle"),
+        ("yellow", "cross"),
+        ("purple", "square"),
+        ("white", "triangle"),
+    }
+)
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
 
@@ -69,8 +82,18 @@ class Scene:
         return text + (f" on {a(f'{self.background} background')}" if with_background else "")
 
 
-def random_scene(rng: random.Random, pairs: float = 0.5) -> Scene:
-    """A scene with every attribute drawn evenly; `pairs` is the share of scenes with two objects."""
+def random_scene(rng: random.Random, pairs: float = 0.5, without: Collection[tuple[str, str]] = frozenset()) -> Scene:
+    """A scene with every attribute drawn evenly; `pairs` is the share of scenes with two objects.
+
+    Scenes in which something is of a colour and a shape that `without` has are drawn again.
+    """
+    while True:
+        scene = any_scene(rng, pairs)
+        if not any((o.colour, o.shape) in without for o in scene.objects):
+            return scene
+
+
+def any_scene(rng: random.Random, pairs: float) -> Scene:
     background = rng.choice(list(COLOURS))
     colours = [c for c in COLOURS if c != background]
     if rng.random() >= pairs:
