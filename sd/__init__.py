@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .model import StableDiffusion
     from .parallel.sampler import ParallelSampler
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
-    from .scheduler import DDIM, LMS, PNDM, NoiseSchedule
+    from .scheduler import DDIM, LMS, PNDM, NoiseSchedule, make_scheduler
     from .speed.fast_model import fast
     from .study.description import describe
     from .unet import UNet, UNetConfig
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .weights.configs import LoadError
     from .weights.contents import info
     from .weights.defaults import Defaults
+    from .weights.scheduler_config import scheduler_from_config
 
 __version__ = "0.2.0"
 
@@ -32,9 +33,10 @@ _HOME = {
     "CheckpointError": "weights.checkpoint",
     **dict.fromkeys(["UNet", "UNetConfig"], "unet"),
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
-    **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule"], "scheduler"),
+    **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule", "make_scheduler"], "scheduler"),
     **dict.fromkeys(["convert", "load", "save"], "loader"),
     "Defaults": "weights.defaults",
+    "scheduler_from_config": "weights.scheduler_config",
     "StableDiffusion": "model",
     "LeanSampler": "lean.sampler",
     "ParallelSampler": "parallel.sampler",
@@ -70,7 +72,9 @@ __all__ = [
     "fast",
     "info",
     "load",
+    "make_scheduler",
     "save",
+    "scheduler_from_config",
     "study",
     "use_attention",
 ]

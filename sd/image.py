@@ -51,7 +51,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     model = model_name(str(settings["model"]))
     fields = {
         "Steps": settings["num_inference_steps"],
-        "Sampler": {"pndm": "PLMS", "ddim": "DDIM", "lms": "LMS"}.get(settings["scheduler"], settings["scheduler"]),
+        "Sampler": sampler_name(settings["scheduler"]),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
@@ -64,6 +64,27 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     return "\n".join([*lines, ", ".join(f"{k}: {quoted(v)}" for k, v in fields.items() if v is not None)]).strip()
+
+
+SAMPLERS = {  # AUTOMATIC1111's names
+    "pndm": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2_a": "DPM2 a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+}
+
+
+def sampler_name(scheduler: str) -> str:
+    """A scheduler by AUTOMATIC1111's name: "DPM++ 2M Karras" for dpmpp_2m_karras."""
+    solver, _, spacing = scheduler.rpartition("_")
+    if spacing not in ("karras", "exponential", "beta"):
+        solver, spacing = scheduler, ""
+    return f"{SAMPLERS.get(solver, solver.upper())} {spacing.capitalize()}".strip()
 
 
 def quoted(value: Any) -> str:

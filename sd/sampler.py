@@ -146,7 +146,7 @@ def denoise(
 ) -> Iterator[Step]:
     """The denoising loop. x: (B, 4, h, w), unit noise times the scheduler's `init_noise_sigma`.
 
-    `draw` gives fresh unit noise like x; it is called once a step, where the scheduler's eta is above 0.
+    `draw` gives fresh unit noise like x; it is called where a step of the scheduler needs that.
     """
     run, images, size = next(RUNS), len(x), (x.shape[-2], x.shape[-1])
     state = scheduler.init_state()
@@ -155,7 +155,7 @@ def denoise(
         with announced(run=run, images=images, size=size, step=i, timestep=timestep):
             noise = denoiser(scheduler.scale_input(i, x), t)
         denoised = scheduler.denoised(i, noise, x)
-        x, state = scheduler.step(i, noise, x, state, variance_noise=draw() if scheduler.eta and draw else None)
+        x, state = scheduler.step(i, noise, x, state, variance_noise=draw() if draw and scheduler.draws(i) else None)
         yield Step(i, timestep, x, noise, denoised)
 
 
@@ -192,7 +192,7 @@ class SimpleSampler:
         height, width         in pixels, multiples of 8
         num_images_per_prompt 1
         seed                  0; image i starts from the noise of seed + i
-        scheduler             "pndm", "ddim" or "lms", or a scheduler of sd.scheduler
+        scheduler             a name that sd.make_scheduler knows, such as "ddim" or "dpmpp_2m_karras", or a scheduler
         eta                   0.0 to 1.0, for "ddim"
         latents               (B, 4, h, w) unit noise to start from in place of the seed's
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled

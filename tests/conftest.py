@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import transformers  # noqa: F401  # now, or its log would go to the captured stream of the first test that needs it
 
 import sd
 from tests.layouts import make_model

@@ -147,7 +147,7 @@ def test_a_picture_of_another_format_is_not_tried(tmp_path):
         ("width", [0, 7, 10**9, True]),
         ("guidance_scale", [float("nan"), float("inf"), -1, 101, 10**400, "7", True]),
         ("eta", [float("-inf"), 2, "x", False]),
-        ("scheduler", ["euler", "PNDM\n", 3, ["ddim"]]),
+        ("scheduler", ["eulr", "Euler a", "PNDM\n", 3, ["ddim"]]),
         ("dtype", ["load", "int8", "float", 16, "__class__"]),
         ("model", [1, "", "a\0b", "x" * 1001, ["shapes"]]),
         ("revision", [1, "", "a\0b"]),

@@ -166,7 +166,7 @@ class Counting:
 
     def request(self, prompt, *, seed, num_images_per_prompt, **call):
         self.calls.append((seed, num_images_per_prompt))
-        scheduler = SimpleNamespace(timesteps=[1.0], num_inference_steps=1)
+        scheduler = SimpleNamespace(name="pndm", timesteps=[1.0], num_inference_steps=1)
         return SimpleNamespace(
             images=num_images_per_prompt, scheduler=scheduler, guidance_scale=7.5, height=8, width=8
         )
@@ -286,7 +286,7 @@ def refused(args, capsys, *words):
         (["--width", 80000], "width"),
         (["--eta", 2, "--scheduler", "ddim"], "eta"),
         (["--eta", 0.5, "--scheduler", "plms"], "ddim"),
-        (["--scheduler", "euler"], "pndm"),
+        (["--scheduler", "eulr"], "pndm"),
         (["--count", 0], "--count"),
         (["--seed", -2], "seed"),
         (["--device", "quantum"], "--device cpu"),

@@ -187,7 +187,7 @@ def test_the_callers_code_keeps_its_gradients(tiny):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 1.5}, "seed must be"),
-        ({"scheduler": "euler"}, "euler"),
+        ({"scheduler": "eulr"}, "eulr"),
         ({"scheduler": "ddim", "eta": 1.5}, "eta"),
         ({"eta": 0.5}, "eta"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, "latents must be floating-point"),

@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sd.schedule
 import sd.scheduler
+import sd.solvers
 from sd.scheduler import DDIM, LMS, PNDM, SCHEDULERS, V1, NoiseSchedule, Scheduler, make_scheduler
 
 FEW = [*range(1, 31), 50, *range(61, 500, 38), 499, 500, 501, 777, 998, 999]
@@ -23,6 +25,7 @@ OTHER = NoiseSchedule(beta_start=0.0005, beta_end=0.02, steps_offset=0, set_alph
 OTHER_BETAS = {"beta_start": 0.0005, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
 
 SOLVERS = {"pndm": PNDM, "ddim": DDIM, "ddim with eta": lambda n: DDIM(n, 0.6), "lms": LMS}
+FIRST = ("pndm", "ddim", "lms")  # which Stable Diffusion v1 came with; the others are in test_solvers.py
 every_solver = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
 counts = st.integers(1, 1000)
 
@@ -90,7 +93,7 @@ def assert_same(ours, theirs):
 # against diffusers
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FIRST)
 def test_timesteps_of_every_count(name):
     theirs = reference(name)
     for n in range(1, 1001 if name == "lms" else 1000):
@@ -146,7 +149,7 @@ def test_lms_of_many_counts():
         assert worst(trajectory(LMS(n)), reference_trajectory(theirs, n)) < 3e-6, n
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FIRST)
 def test_other_schedules(name):
     changes = {**OTHER_BETAS, "steps_offset": 0, "set_alpha_to_one": True}
     for n in (1, 2, 7, 30):
@@ -164,7 +167,7 @@ def test_thousand_steps_are_those_without_the_offset(name):
     assert_same(trajectory(ours), reference_trajectory(reference(name, steps_offset=0), 1000))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_denoised_and_add_noise(name, dtype):
     ours, theirs = make_scheduler(name, 20), reference(name)
@@ -207,7 +210,7 @@ def test_timesteps_of_fifty():
     assert LMS(1).timesteps == (0.0,)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FIRST)
 def test_every_count_is_usable(name):
     for n in range(1, 1001):
         s = make_scheduler(name, n)
@@ -236,7 +239,7 @@ def test_true_noise_leads_back_to_the_image(make, n, seed, schedule):
     # wrong already grows as the signal in x does. LMS's are exact.
     rounding, bound = 0 if isinstance(s, LMS) else 2**-22, 1e-10
     for i in range(len(s.timesteps)):
-        signal, before = s._level(i)[0], s._level(max(i - 1, 0))[0]
+        signal, before = s.level(i)[0], s.level(max(i - 1, 0))[0]
         bound = bound * max(1, signal / before) + rounding * x.abs().max().item()
         torch.testing.assert_close(x, s.add_noise(x0, noise, i), rtol=0, atol=bound)
         torch.testing.assert_close(s.denoised(i, noise, x), x0, rtol=0, atol=bound / signal)
@@ -420,7 +423,7 @@ def test_no_device_is_waited_for(make):
     assert x.device.type == "meta"
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", FIRST)
 def test_process_wide_defaults_do_not_matter(name):
     expected = trajectory(make_scheduler(name, 9), x=start())
     x = start()
@@ -439,7 +442,9 @@ def test_process_wide_defaults_do_not_matter(name):
 @pytest.mark.parametrize("n", [0, -1, 1001, 10**9, 50.0, "50", None, True, math.nan, [50]])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_refused_counts(name, n):
-    with pytest.raises(ValueError, match="num_inference_steps must be a whole number from 1 to 1000") as error:
+    with pytest.raises(
+        ValueError, match=r"num_inference_steps must be a whole number from 1 to (1000|999|50),"
+    ) as error:
         make_scheduler(name, n)
     assert repr(n) in str(error.value)
     assert "\n" not in str(error.value)
@@ -456,7 +461,7 @@ def test_refused_eta(eta):
             make_scheduler(name, 50, eta)
 
 
-@pytest.mark.parametrize("name", ["euler", "PNDM2", "", None, 3, ["pndm"]])
+@pytest.mark.parametrize("name", ["eulr", "PNDM2", "ddim_karras", "", None, 3, ["pndm"]])
 def test_unknown_names(name):
     with pytest.raises(ValueError, match="there are pndm, ddim, lms"):
         make_scheduler(name, 50)
@@ -518,7 +523,7 @@ def test_refused_schedules(settings):
 
 def test_short_training_schedules():
     for n in (1, 2, 3):
-        for name in SCHEDULERS:
+        for name in FIRST:
             s = make_scheduler(name, n, schedule=NoiseSchedule(num_train_timesteps=3))
             assert 0 <= s.timesteps[-1] <= s.timesteps[0] <= 2
             assert trajectory(s)[-1].isfinite().all()
@@ -528,9 +533,12 @@ def test_short_training_schedules():
 
 def test_imports_torch_only():
     modules = set()
-    for node in ast.walk(ast.parse(Path(sd.scheduler.__file__).read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module)
-    assert modules <= {"__future__", "math", "dataclasses", "functools", "torch"}
+    folder = Path(sd.solvers.__file__).parent
+    for file in (Path(sd.scheduler.__file__), Path(sd.schedule.__file__), *folder.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module)
+    known = {"__future__", "math", "collections.abc", "dataclasses", "functools", "typing", "torch"}
+    assert modules <= known | {"schedule", "solvers", "solvers.table", "table", "sigma", "log_snr", "timesteps"}

@@ -12,7 +12,6 @@ from ..files import from_root, printable
 from .options import DTYPES, LAST_SEED, CommandError
 
 LONGEST = 100_000  # characters of a prompt
-SCHEDULERS = ("pndm", "ddim", "lms")
 # What belongs to the model that was drawn with: with another one it means nothing.
 OF_THE_MODEL = ("revision", "hub_variant", "ema", "config", "model_hash", "others_hash", "tokenizer_hash")
 
@@ -51,10 +50,19 @@ def one_of(*choices: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in choices
 
 
+def solver(value: Any) -> bool:
+    from ..scheduler import find_name
+
+    try:
+        return value == "_".join(filter(None, find_name(value)))
+    except ValueError:
+        return False
+
+
 RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of how it was drawn
     "prompt": text,
     "negative_prompt": text,
-    "scheduler": one_of(*SCHEDULERS),
+    "scheduler": solver,
     "dtype": one_of(*DTYPES),
     "model": name,
     "revision": name,

@@ -177,8 +177,9 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "which. The next picture starts from the next seed. Default: 0.")  # fmt: skip
     add("--height", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
     add("--width", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
-    add("--scheduler", metavar="NAME", help="How noise is removed step by step: pndm, ddim or lms. Default: the "
-        "model's own; pndm for Stable Diffusion v1.")  # fmt: skip
+    add("--scheduler", metavar="NAME", help="How noise is removed step by step: pndm, ddim, 'Euler a', "
+        "'DPM++ 2M Karras' and others; an unknown name lists them. Default: the model's own; pndm "
+        "for Stable Diffusion v1.")  # fmt: skip
     add("--eta", type=number, metavar="E", help="How much new noise ddim adds in each step, 0 to 1. Default: 0.")
     add = parser.add_argument_group("with which model, and where it runs").add_argument
     add("--model", help="The built-in model shapes, a .ckpt or .safetensors file, a folder, or a Hub repository. "

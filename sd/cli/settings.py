@@ -113,12 +113,13 @@ def random_seed() -> int:
 def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dict[str, Any]:
     """What goes into the PNG, but for the seed: enough to draw it again, whatever the model's defaults become."""
     from .. import __version__
+    from ..scheduler import scheduler_name
 
     asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES}
     return asked | {
         "num_inference_steps": request.scheduler.num_inference_steps,
         "guidance_scale": request.guidance_scale,
-        "scheduler": type(request.scheduler).__name__.lower(),
+        "scheduler": scheduler_name(request.scheduler),
         "height": request.height,
         "width": request.width,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -17,6 +17,7 @@ from .. import __version__
 from ..files import parse_json
 from ..image import model_name, to_pil
 from ..sampler import Call, Step
+from ..scheduler import scheduler_name
 from ..vae import VAE
 from ..weights.checkpoint import read, write_safetensors
 from ..weights.unread import computes_in
@@ -170,7 +171,7 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
         "negative_prompt": negative if isinstance(negative, str | list) else None,
         "guidance_scale": request.guidance_scale,
         "num_inference_steps": scheduler.num_inference_steps,
-        "scheduler": type(scheduler).__name__.lower(),
+        "scheduler": scheduler_name(scheduler),
         "eta": scheduler.eta,
         "seeds": request.seeds,
         "num_images_per_prompt": call.get("num_images_per_prompt", 1),
