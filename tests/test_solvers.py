@@ -43,8 +43,7 @@ V1 = {
     "steps_offset": 1,
 }
 FLAGS = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
-# What diffusers computes in float32 in any case; of dpmpp_sde, the sigmas between which its noise is drawn.
-SINGLE = ("euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde")
+SINGLE = ("euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde")  # which diffusers computes in float32 in any case
 SIGMAS = [name for name, kind in SCHEDULERS.items() if "sigma_spacing" in kind.__dataclass_fields__]
 REFUSED = ["euler_a"]  # diffusers' class has no other spacings of sigmas; here it has those of Euler
 
@@ -100,7 +99,7 @@ def run(settings, n, monkeypatch, dtype=torch.float64):
     x = noise(0, dtype) * float(theirs.init_noise_sigma)
     wanted, found, state, y = [], [], ours.init_state(), x
     if hasattr(theirs, "noise_sampler"):
-        theirs.noise_sampler = Brownian(theirs.sigmas)
+        theirs.noise_sampler = Brownian(ours)
     for step in theirs.timesteps:
         prediction = model(theirs.scale_model_input(x, step), float(step))
         x = theirs.step(prediction, step, x, return_dict=False)[0]
@@ -118,17 +117,21 @@ def run(settings, n, monkeypatch, dtype=torch.float64):
 
 
 class Brownian:
-    """In place of the Brownian tree of torchsde: the path of which our draws are the pieces."""
+    """In place of the Brownian tree of torchsde: the path in sigma of which our draws are the pieces.
 
-    def __init__(self, sigmas):
-        self.call = 0
+    Its pieces are as long as our sigmas say. diffusers asks with its own, which have been to logarithms and back.
+    """
+
+    def __init__(self, ours):
+        self.ours, self.call = ours, 0
 
     def __call__(self, sigma, after):
         i, self.call = self.call, self.call + 1
         if i % 2 == 0:
-            self.middle = float(after)
             return noise(3000 + i)
-        ways = float(sigma) - self.middle, self.middle - float(after)
+        start, middle, end = (self.ours.sigmas[i // 2], self.ours.level(i)[1], self.ours.sigmas[i // 2 + 1])
+        assert (float(sigma), float(after)) == pytest.approx((start, end), rel=1e-5)
+        ways = start - middle, middle - end
         return (ways[0] ** 0.5 * noise(2999 + i) + ways[1] ** 0.5 * noise(3000 + i)) / sum(ways) ** 0.5
 
 
@@ -145,6 +148,7 @@ def bound_of(name):
 
 
 COUNTS = (1, 2, 3, 7, 14, 15, 20, 50)
+MANY = (99, 333, 500, 501, 998, 999)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -174,6 +178,21 @@ def test_sigmas(name, sigmas, spacing, monkeypatch):
     settings = config(name, timestep_spacing=spacing, **{FLAGS[sigmas]: True})
     for n in COUNTS:
         check(settings, n, monkeypatch, bound_of(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{}, *({flag: True} for flag in FLAGS.values()), {"timestep_spacing": "leading"}])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("lcm", "lms")])  # 50 at most; slow there
+def test_many_steps(name, change, monkeypatch):
+    own = change.keys() <= set(FLAGS.values())
+    if change and own and (name not in SIGMAS or name in REFUSED):
+        return
+    for n in MANY:
+        if n == 999 and "timestep_spacing" in change and name in ("dpmpp_2m", "dpmpp_2m_sde", "unipc"):
+            # diffusers' offset leads past the last timestep of the training; ours is left out
+            assert scheduler_from_config(config(name, **change), n).timesteps[0] == 999
+            continue
+        check(config(name, **change), n, monkeypatch, bound_of(name))
 
 
 @pytest.mark.parametrize("sigmas", FLAGS)

@@ -18,11 +18,13 @@ class SigmaSolver(SigmaTable):
     """Family A. The model sees x / sqrt(sigma^2 + 1); dx / dsigma is the noise itself."""
 
     rounds = False  # whether timesteps of "karras" are rounded
+    in_single = True  # whether sigma is looked up at timesteps that were rounded to float32, as in most of diffusers
 
     @cached_property
     def _places(self) -> tuple[list[float], list[float]]:
         """The timesteps and sigmas of the whole steps, without what comes after the last."""
-        timesteps = single(list(reversed(self.spaced))).tolist()
+        timesteps = list(reversed(self.spaced))
+        timesteps = single(timesteps).tolist() if self.in_single else timesteps
         sigmas = self.sigmas_at(timesteps)
         if self.sigma_spacing:
             sigmas = self.spread(sigmas[0], sigmas[-1])
@@ -269,11 +271,17 @@ class DPMppSDE(TwoStages):
 
     name = "dpmpp_sde"
     predictions = ("epsilon", "v_prediction")
+    in_single = False
+
+    @cached_property
+    def _times(self) -> tuple[Tensor, Tensor]:
+        """-log(sigma) at each whole step and after the last; and half way of each step."""
+        t = -single(list(self.sigmas)).log()
+        return t, t[:-1] + t.diff() * 0.5
 
     @cached_property
     def _middle(self) -> tuple[float, ...]:
-        t = -single(list(self.sigmas)).log()
-        return (*(-(t[:-1] + t.diff() * 0.5)).exp()[:-1].tolist(), 0.0)
+        return (*(-self._times[1]).exp()[:-1].tolist(), 0.0)
 
     def draws(self, i: int) -> bool:
         return i < len(self.timesteps) - 1
@@ -286,21 +294,21 @@ class DPMppSDE(TwoStages):
         if not self.draws(i):
             return x + (x - clean) / sigma * (self.sigmas[k + 1] - sigma), ()
         fresh = self.fresh(i, variance_noise)
+        (start, end), middle = self._times[0][k : k + 2], self._times[1][k]
         if i % 2 == 0:
-            return self._ancestral_step(clean, x, fresh, self.sigmas[k], self._middle[k]), (x, fresh)
+            return self._ancestral_step(clean, x, fresh, start, middle), (x, fresh)
         if not state:
-            return self._ancestral_step(clean, x, fresh, sigma, self.sigmas[k + 1]), ()
-        start, first = state
+            return self._ancestral_step(clean, x, fresh, middle, end), ()
+        before, first = state
         ways = self.sigmas[k] - sigma, sigma - self.sigmas[k + 1]
         noise = (ways[0] ** 0.5 * first + ways[1] ** 0.5 * fresh) / sum(ways) ** 0.5
-        return self._ancestral_step(clean, start, noise, self.sigmas[k], self.sigmas[k + 1]), ()
+        return self._ancestral_step(clean, before, noise, start, end), ()
 
     @staticmethod
-    def _ancestral_step(clean: Tensor, x: Tensor, noise: Tensor, sigma: float, after: float) -> Tensor:
-        t, t_after = (-single([s])[0].log() for s in (sigma, after))
+    def _ancestral_step(clean: Tensor, x: Tensor, noise: Tensor, t: Tensor, t_after: Tensor) -> Tensor:
         start, end = (-t).exp(), (-t_after).exp()
         down, up = ancestral(start, end)
         up = torch.minimum(end, up)
         t_down = -down.log()
-        x = ((-t_down).exp() / (-t).exp()).item() * x - (t - t_down).expm1().item() * clean
+        x = ((-t_down).exp() / start).item() * x - (t - t_down).expm1().item() * clean
         return x + noise * up.item()
