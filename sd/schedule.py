@@ -82,14 +82,14 @@ V1 = NoiseSchedule()
 class Scheduler:
     """What all solvers have in common. Immutable, and cheap to make: what changes travels in `state`.
 
-    Raises ValueError unless num_inference_steps is an int from 1 to 1000 (num_train_timesteps). Methods that
-    take the index i of a step raise IndexError unless 0 <= i < len(timesteps). i may start anywhere, with
-    init_state() and x from `add_noise`; multistep solvers then begin there with order 1.
+    Raises ValueError unless num_inference_steps is an int from 1 to `most_steps`, for an unknown timestep_spacing,
+    and for a model whose kind of prediction the solver cannot work with. Methods that take the index i of a step
+    raise IndexError unless 0 <= i < len(timesteps). i may start anywhere, with init_state() and x from `add_noise`;
+    multistep solvers then begin there with order 1.
     """
 
     num_inference_steps: int
     schedule: NoiseSchedule = field(default=V1, kw_only=True)
-
     timestep_spacing: str = field(default="leading", kw_only=True)
 
     eta = 0.0  # above 0 for DDIM alone
@@ -110,16 +110,17 @@ class Scheduler:
 
     @property
     def most_steps(self) -> int:
+        """The largest num_inference_steps."""
         return self.schedule.num_train_timesteps
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
-        """t for each call of the model, falling: ints, but for LMS floats (of float32 values)."""
+        """t for each call of the model, falling: whole numbers, or floats that float32 has."""
         raise NotImplementedError
 
     @property
     def init_noise_sigma(self) -> float:
-        """What x starts from is unit noise times this: 1, but for LMS 14.6."""
+        """What x starts from is unit noise times this: 1 where x is x_t; 14.6, say, where x is x_0 + sigma noise."""
         return 1.0
 
     def init_state(self) -> State:
@@ -127,7 +128,7 @@ class Scheduler:
         return ()
 
     def scale_input(self, i: int, x: Tensor) -> Tensor:
-        """What the model sees of x at step i: x itself, but for LMS."""
+        """What the model sees of x at step i: x itself where it is x_t."""
         return x
 
     def draws(self, i: int) -> bool:
@@ -165,6 +166,7 @@ class Scheduler:
         return (x - signal * prediction) / sigma if kind == "sample" else signal * prediction + sigma * x
 
     def fresh(self, i: int, variance_noise: Tensor | None) -> Tensor:
+        """The noise that step i was given. Raises ValueError where it was not."""
         if variance_noise is None:
             raise ValueError(f"{type(self).__name__} needs variance_noise at step {i}, drawn anew for each step")
         return variance_noise
@@ -182,6 +184,7 @@ class Scheduler:
         return (abar**0.5).item(), ((1 - abar) ** 0.5).item()
 
     def check_index(self, i: int) -> None:
+        """Raise IndexError unless there is a step i."""
         if not 0 <= i < len(self.timesteps):
             raise IndexError(f"there is no step {i}: the steps are 0 to {len(self.timesteps) - 1}")
 

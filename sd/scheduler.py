@@ -81,23 +81,22 @@ class PNDM(AlongX):
         self, i: int, prediction: Tensor, x: Tensor, state: State, *, variance_noise: Tensor | None = None
     ) -> tuple[Tensor, State]:
         self.check_index(i)
-        noise = prediction
         if i == 1:
             if len(state) != 2:
                 raise ValueError("PNDM's step 1 takes step 0 again: it needs the state that step 0 returned")
             first, x = state
-            noise, state = (noise + first) / 2, (first,)
+            combined, state = (prediction + first) / 2, (first,)
         else:
-            e = (noise, *state)  # newest first
-            state = (noise, x) if i == 0 else e[:3]
+            e = (prediction, *state)  # newest first
+            combined, state = prediction, (prediction, x) if i == 0 else e[:3]
             if len(e) == 2:
-                noise = (3 * e[0] - e[1]) / 2
+                combined = (3 * e[0] - e[1]) / 2
             elif len(e) == 3:
-                noise = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+                combined = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
             elif len(e) == 4:
-                noise = (1 / 24) * (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3])
+                combined = (1 / 24) * (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3])
         scale, gain, denominator, signal, sigma = self._coefficients[i]
-        noise = self.noise_of(noise, x, signal, sigma)
+        noise = self.noise_of(combined, x, signal, sigma)
         return scale * x - gain * noise / denominator, state  # formula 9
 
 

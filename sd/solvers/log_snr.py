@@ -157,25 +157,23 @@ class UniPC(LambdaSolver):
         """Of a step that ends at i + 1: factors of x, of m_0 and of the sum; r_k; and the weights of the sum."""
         alpha, sigma, lam = self._levels
         h = lam[i + 1] - lam[i]
+        phi = torch.expm1(-h)
+        size = -h if self.solver_type == "bh1" else phi  # B(h)
         r = [(lam[i - k] - lam[i]) / h for k in range(1, order)]
-        if order == (1 if correct else 2):
+        terms = order if correct else order - 1
+        if terms == 1:
             rho = torch.tensor([0.5])
-        elif order == 1:
-            rho = torch.tensor([])
-        else:
+        else:  # R rho = b, section 3.1
             nodes = torch.stack([*r, torch.ones(())])
-            b, term, factorial = [], torch.expm1(-h) / -h - 1, 1
-            size = -h if self.solver_type == "bh1" else torch.expm1(-h)
+            b, term, factorial = [], phi / -h - 1, 1
             for k in range(1, order + 1):
                 b.append(term * factorial / size)
                 factorial *= k + 1
                 term = term / -h - 1 / factorial
             powers = torch.stack([nodes ** (k - 1) for k in range(1, order + 1)])
-            size_of = order if correct else order - 1
-            rho = torch.linalg.solve(powers[:size_of, :size_of], torch.stack(b)[:size_of])
-        big = -h if self.solver_type == "bh1" else torch.expm1(-h)
-        keep, gain = sigma[i + 1] / sigma[i], alpha[i + 1] * torch.expm1(-h)
-        return keep.item(), gain.item(), (alpha[i + 1] * big).item(), [k.item() for k in r], rho.tolist()
+            rho = torch.linalg.solve(powers[:terms, :terms], torch.stack(b)[:terms])
+        keep, gain = sigma[i + 1] / sigma[i], alpha[i + 1] * phi
+        return keep.item(), gain.item(), (alpha[i + 1] * size).item(), [k.item() for k in r], rho.tolist()
 
     def _update(self, i: int, x: Tensor, past: State, order: int, now: Tensor | None) -> Tensor:
         """From step i to i + 1: predicted from the past alone, or corrected by what the model says `now`."""

@@ -235,12 +235,10 @@ class DPM2(TwoStages):
 
 
 @dataclass(frozen=True)
-class DPM2Ancestral(TwoStages):
+class DPM2Ancestral(DPM2):
     """DPM2 to a lower sigma, and fresh noise in second calls (k-diffusion's sample_dpm_2_ancestral)."""
 
     name = "dpm2_a"
-    predictions = ("epsilon", "v_prediction")
-    rounds = True
 
     @cached_property
     def _ancestral(self) -> tuple[Tensor, Tensor]:

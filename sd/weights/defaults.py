@@ -42,6 +42,10 @@ class Defaults:
                 raise ValueError(f"height and width cannot be {side!r}")
         if self.prediction_type != "epsilon":
             raise ValueError(f"prediction_type cannot be {self.prediction_type!r}, but is 'epsilon'")
+        if self.schedule.prediction_type != self.prediction_type:
+            raise ValueError(
+                f"prediction_type is {self.prediction_type!r}, and {self.schedule.prediction_type!r} in the schedule"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the header of a file; `from_dict` takes it."""
