@@ -246,6 +246,17 @@ def test_again_draws_the_same_and_options_change_it(drawn, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_a_solver_by_another_program_s_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [CAPTION, "--scheduler", "DPM++ 2M Karras", "--steps", "2", "--quiet", "-o"]
+    assert main([*words, "a.png"]) == 0
+    texts = Image.open("a.png").text
+    assert json.loads(texts["sd"])["scheduler"] == "dpmpp_2m_karras"
+    assert "Sampler: DPM++ 2M Karras," in texts["parameters"]
+    assert main(["--again", "a.png", "--quiet", "-o", "b.png"]) == 0
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+
+
 @pytest.mark.slow
 def test_several_pictures_are_numbered_and_take_the_next_seeds(drawn, tmp_path):
     done = artist(CAPTION, "--count", 2, "--steps", 4, "--seed", 2, "--negative", "black", cwd=tmp_path)

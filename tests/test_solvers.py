@@ -180,6 +180,57 @@ def test_sigmas(name, sigmas, spacing, monkeypatch):
         check(settings, n, monkeypatch, bound_of(name))
 
 
+OPTIONS = {  # of single classes
+    "euler": [{"final_sigmas_type": "sigma_min"}],
+    "dpmpp_2m": [
+        {"final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+        {"final_sigmas_type": "sigma_min", "euler_at_final": True},
+        {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
+    ],
+    "dpmpp_2m_sde": [{"final_sigmas_type": "sigma_min"}],
+    "unipc": [
+        {"final_sigmas_type": "sigma_min"},
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+        *({"solver_order": order} for order in (1, 3)),
+        *({"solver_order": order, "final_sigmas_type": "sigma_min"} for order in (1, 3)),
+        *({"solver_order": n, "solver_type": "bh1", "final_sigmas_type": "sigma_min"} for n in (1, 2, 3)),
+    ],
+    "lcm": [{"original_inference_steps": 100}],
+    "ddim": [{"set_alpha_to_one": True}],
+    "pndm": [{"set_alpha_to_one": True}],
+}
+
+
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name in OPTIONS for change in OPTIONS[name]])
+def test_options(name, change, monkeypatch):
+    for n in COUNTS:
+        check(config(name, **change), n, monkeypatch, bound_of(name))
+
+
+def test_bh1_ends_at_zero():
+    """diffusers returns NaN there, for it multiplies an infinite B(h) by nothing."""
+    for n in COUNTS:
+        ours = scheduler_from_config(config("unipc", solver_type="bh1"), n)
+        other = scheduler_from_config(config("unipc"), n)
+        m, x = noise(1), noise(2)
+        last, _state = ours.step(n - 1, m, x, ours.init_state())
+        assert torch.equal(last, other.step(n - 1, m, x, ())[0])
+        assert last.isfinite().all()
+
+
+ZERO = ["ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm", "ddpm"]  # whose classes have it
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_terminal_snr(name, spacing, monkeypatch):
+    changes = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    for n in COUNTS:
+        settings = config(name, **changes, **({} if name == "lcm" else {"timestep_spacing": spacing}))
+        check(settings, n, monkeypatch, bound_of(name))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, *({flag: True} for flag in FLAGS.values()), {"timestep_spacing": "leading"}])
 @pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("lcm", "lms")])  # 50 at most; slow there
