@@ -418,3 +418,9 @@ def test_full_size():
     report = compare_with_diffusers(model, size=64, repeats=0)
     assert len(report.rows) == 52
     assert report.first_over is None
+
+
+def test_a_scheduler_without_a_comparison_is_said():
+    assert type(reference.diffusers_scheduler("lms")).__name__ == "LMSDiscreteScheduler"
+    with pytest.raises(reference.CompareError, match="no comparison of the scheduler 'euler' yet"):
+        reference.diffusers_scheduler("euler")

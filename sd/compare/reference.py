@@ -158,7 +158,9 @@ def diffusers_vae(model: StableDiffusion) -> Any:
 
 
 def diffusers_scheduler(name: str) -> Any:
-    """diffusers' "pndm", "ddim" or "lms", with the settings of the v1-4 weights."""
+    """diffusers' "pndm", "ddim" or "lms", with the settings of the v1-4 weights. Raises CompareError for others."""
+    if name not in ("pndm", "ddim", "lms"):
+        raise CompareError(f"There is no comparison of the scheduler {name!r} yet: there are pndm, ddim and lms.")
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     pndm = diffusers().PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
     if name == "ddim":
