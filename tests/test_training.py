@@ -15,10 +15,20 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 
+import bank as bank_file
 import fitting
 import scenes
+import train as train_file
+from bank import Bank, as_input
 from cleanness import cleanness
+from export import trained
 from fitting import Run, TrainingError, fit
+from text_stage import Text, random_caption
+from unet_stage import SPREAD, make_latents
+from vae_stage import VAE_SIZES
+
+import sd
+from sd.vae import VAE
 
 RECIPE = {"steps": 6, "lr": 1e-2, "inner": {"batch": 3}}
 
@@ -28,13 +38,15 @@ def train(folder, steps=6, recipe=RECIPE, spoil=None, name="net"):
     torch.manual_seed(0)
     net, average = nn.Linear(3, 1), nn.Linear(3, 1)
 
-    def loss_of(step):
+    def batch_of(step):
         if step == steps:
             raise KeyboardInterrupt
-        loss = net(torch.randn(4, 3)).square().mean()
-        return loss * float(spoil) if spoil and step == 4 else loss
+        return torch.randn(4, 3), torch.tensor(float(spoil) if spoil and step == 4 else 1.0)
 
-    fit(name, net, loss_of, Run(folder), recipe, average)
+    def loss_of(x, factor):
+        return net(x).square().mean() * factor
+
+    fit(name, net, batch_of, loss_of, Run(folder), recipe, average)
     return net.state_dict() | {f"average {k}": v for k, v in average.state_dict().items()}
 
 
@@ -118,6 +130,49 @@ def test_true_pictures_are_clean_and_others_are_not():
         (128, 128), Image.Transform.AFFINE, (1, 0.15, -9, 0, 1, 0), fillcolor=image.getpixel((0, 0))
     )
     assert cleanness(wobbly).overlap < 0.95
+
+
+def test_the_bank_is_the_same_whenever_it_is_made():
+    bank = Bank(bank_file.PART + 20)
+    assert bank.pictures.shape == (bank.count, 128, 128, 3)
+    assert Bank(bank.count + 5).scenes[: bank.count] == bank.scenes
+    rng = random.Random(bank_file.SEED + bank_file.PART)
+    last = [np.asarray(scenes.paint(scene, rng)) for scene in bank.scenes[bank_file.PART :]]
+    assert np.array_equal(bank.pictures[bank_file.PART :], last)
+    x = as_input(bank.pictures[:2])
+    assert x.shape == (2, 3, 128, 128)
+    assert x.min() >= -1
+    assert x.max() <= 1
+
+
+def test_tokens_of_words_are_those_of_the_tokenizer(tmp_path):
+    text, rng = Text(tmp_path), random.Random(5)
+    captions = [random_caption(scenes.random_scene(rng), rng)[0] for _ in range(60)] + [""]
+    expected = text.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(text.tokens(captions), expected)
+
+
+def test_all_three_stages_and_a_picture(tmp_path, monkeypatch):
+    few = dict.fromkeys(train_file.RECIPES["cpu"], 3) | {"vae_scenes": 4, "unet_scenes": 30}
+    monkeypatch.setitem(train_file.RECIPES, "cpu", few)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--device", "cpu", "--held-out"])
+    assert train_file.main() == 0
+    model = trained(tmp_path)
+    latents = torch.load(tmp_path / "latents.pt", weights_only=True)
+    assert model.vae.config.scale_factor == latents["scale"]
+    assert latents["scale"] * latents["latents"].float().std() == pytest.approx(SPREAD, rel=1e-2)
+    (image,) = sd.SimpleSampler(model)("a red star on a white background", num_inference_steps=1)
+    assert image.size == (128, 128)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--device", "cpu"])
+    assert train_file.main() == 2
+
+
+def test_pairs_that_are_held_out_are_not_learned(tmp_path):
+    bank, text = Bank(40), Text(tmp_path)
+    data = make_latents(VAE(VAE_SIZES), text, bank, {}, Run(tmp_path), scenes.HELD_OUT)
+    kept = [scene for scene in bank.scenes if not scenes.holds(scene, scenes.HELD_OUT)]
+    assert 20 < len(kept) < 40
+    assert len(data.z) == len(data.contexts) == len(kept)
 
 
 def test_pairs_that_are_held_out_are_not_drawn():

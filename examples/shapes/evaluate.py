@@ -79,8 +79,8 @@ def reconstructions(model: sd.StableDiffusion, scenes: list[Scene]) -> list[Resu
     """True pictures of the scenes, encoded and decoded again."""
     results = []
     for k, scene in enumerate(tqdm(scenes, desc="reconstructing", unit="picture")):
-        x = from_pil(paint(scene, random.Random(k))).to(model.dtype)
-        (image,) = to_pil((model.vae.decode(model.vae.encode(x)) / 2 + 0.5).clamp(0, 1))
+        x = from_pil(paint(scene, random.Random(k))).to(model.device, model.dtype)
+        (image,) = to_pil((model.vae.decode(model.vae.encode(x)) / 2 + 0.5).clamp(0, 1).cpu())
         results.append(judged(scene, image))
     return results
 
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0, 7.5])
     parser.add_argument("--seed", type=int, default=0, help="of the captions and of the first picture")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=8, help="pictures at a time; they are the same in any")
     parser.add_argument("--sheet", type=Path, help="write the wrong pictures here, as one PNG")
     parser.add_argument("--all", action="store_true", help="all pictures on the sheet, not only the wrong ones")
     parser.add_argument("--vae", action="store_true", help="true scenes through the VAE alone; nothing is drawn")
@@ -135,7 +136,7 @@ def main() -> None:
     for guidance in args.guidance:
         start = time.time()
         call = {"num_inference_steps": args.steps, "guidance_scale": guidance, "scheduler": args.scheduler}
-        results = evaluate(model, scenes, seed=args.seed, **call)
+        results = evaluate(model, scenes, batch=args.batch, seed=args.seed, **call)
         title = f"{args.scheduler}, {args.steps} steps, guidance {guidance:g}, {time.time() - start:.0f} s"
         show(results, title, args, f"{guidance:g}")
 

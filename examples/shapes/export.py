@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from scenes import SIZE
 from text_stage import TEXT, Text
-from unet_stage import SPREAD, UNET
+from unet_stage import UNET
 from vae_stage import VAE_SIZES
 from vocabulary import WORDS, tokenizer_files
 
@@ -34,9 +34,7 @@ def trained(folder: Path) -> sd.StableDiffusion:
 
     text = Text(folder)
     text.load_state_dict(state("text", "module"))
-    # The trainer scales latents to a standard deviation of SPREAD: that is the scale factor of the model.
-    scale = SPREAD / state("latents", "latents").std().item()
-    vae = sd.VAE(replace(VAE_SIZES, scale_factor=scale))
+    vae = sd.VAE(replace(VAE_SIZES, scale_factor=state("latents", "scale")))
     vae.load_state_dict(state("vae", "module"))
     unet = sd.UNet(UNET)
     unet.load_state_dict(state("unet", "average"))

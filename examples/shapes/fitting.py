@@ -6,11 +6,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from stepping import Batch, Graphed, stepper
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,11 +33,13 @@ class Run:
     folder    checkpoints, log.csv, latents.pt
     device    as torch names it
     bfloat16  whether the forward passes compute in bfloat16 (autocast)
+    graphs    whether steps are replayed as CUDA graphs, where a stage's can be
     """
 
     folder: Path
     device: str = "cpu"
     bfloat16: bool = False
+    graphs: bool = False
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bfloat16)
@@ -45,7 +49,7 @@ class Run:
         with open(path, "a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write("stage,step,loss,seconds a step\n")
-            file.write(f"{stage},{step},{loss:.5g},{seconds:.3f}\n")
+            file.write(f"{stage},{step},{loss:.5g},{seconds:.4f}\n")
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -82,64 +86,74 @@ def read_checkpoint(path: Path, recipe: Mapping[str, Any], device: str = "cpu") 
 def fit(
     name: str,
     module: nn.Module,
-    loss_of: Callable[[int], Tensor],
+    batch_of: Callable[[int], Batch],
+    loss_of: Callable[..., Tensor],
     run: Run,
     recipe: Mapping[str, Any],
     average: nn.Module | None = None,
 ) -> None:
     """AdamW over recipe["steps"] losses: warm-up, cosine to zero, checkpoints each two minutes, resume.
 
-    The learning rate is recipe["lr"]. `average` becomes the moving average of the weights. Raises TrainingError; the
-    last good checkpoint stays.
+    batch_of  from the number of a step to the tensors of its batch; all that is random is drawn here
+    loss_of   from these tensors to the loss
+    average   becomes the moving average of the weights
+
+    The learning rate is recipe["lr"]. Raises TrainingError; the last good checkpoint stays.
     """
-    steps, lr = recipe["steps"], recipe["lr"]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    steps = recipe["steps"]
     path, start = run.folder / f"{name}.pt", 0
+    take_step = stepper(module, loss_of, recipe["lr"], run.autocast, run.graphs)
     if saved := read_checkpoint(path, recipe, run.device):
         module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
+        take_step.optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
         if average is not None:
             average.load_state_dict(saved["average"])
 
     def save(step: int) -> None:
-        content = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        content = {"module": module.state_dict(), "optimizer": take_step.optimizer.state_dict(), "step": step}
         if average is not None:
             content["average"] = average.state_dict()
         write_checkpoint(path, content | {"recipe": json.dumps(dict(recipe))})
 
-    module.train()
-    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10)
-    mean, saved_at, logged_at, at = None, time.time(), time.time(), start
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        torch.manual_seed(step)  # a resumed run draws what an unbroken one would have drawn
-        with run.autocast():
-            loss = loss_of(step)
-        value = loss.item()
-        if not math.isfinite(value):
+    def checked(mean: Tensor, step: int) -> float:
+        if not math.isfinite(value := mean.item()):
             kept = f"the checkpoint before ({path}) is kept" if path.exists() else "there is no checkpoint yet"
             raise TrainingError(
                 f"The loss of {name} is {value} at step {step}, and {kept}: run it again with a smaller --{name}-lr "
                 "in another folder, or with --no-bfloat16."
             )
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average is not None:
-            decay = min(0.9995, (step + 1) / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-        mean = value if mean is None else 0.99 * mean + 0.01 * value
-        if (step + 1) % EACH == 0:
-            bar.set_postfix(loss=f"{mean:.4f}")
-            run.log(name, step + 1, mean, (time.time() - logged_at) / (step + 1 - at))
-            logged_at, at = time.time(), step + 1
-        if time.time() - saved_at > SECONDS:
-            save(step + 1)
-            saved_at = time.time()
-    if start < steps:
-        save(steps)
+        return value
+
+    graphed = isinstance(take_step, Graphed)
+    weights = (list(average.parameters()), list(module.parameters())) if average is not None else ([], [])
+    check_each = 20 if graphed else 1  # to look at a number of a GPU is to wait for it
+    module.train()
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10)
+    saved_at, logged_at, at = time.time(), time.time(), start
+    mean = torch.tensor(0.0, device=run.device)
+    with torch.cuda.stream(take_step.stream) if graphed else nullcontext():
+        for step in bar:
+            torch.manual_seed(step)  # a resumed run draws what an unbroken one would have drawn
+            loss = take_step(
+                batch_of(step), recipe["lr"] * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            )
+            if average is not None:
+                decay = min(0.9995, (step + 1) / (step + 10))
+                with torch.no_grad():
+                    torch._foreach_lerp_(*weights, 1 - decay)
+            mean = torch.lerp(mean, loss, max(0.01, 1 / (step + 1 - start)))
+            if (step + 1) % check_each == 0:
+                value = checked(mean, step)
+            if (step + 1) % EACH == 0:
+                bar.set_postfix(loss=f"{value:.4f}")
+                run.log(name, step + 1, value, (time.time() - logged_at) / (step + 1 - at))
+                logged_at, at = time.time(), step + 1
+            if time.time() - saved_at > SECONDS:
+                checked(mean, step)
+                save(step + 1)
+                saved_at = time.time()
+        if start < steps:
+            checked(mean, steps - 1)
+            save(steps)
     module.eval().requires_grad_(False)

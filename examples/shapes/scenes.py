@@ -7,7 +7,6 @@ import random
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 128  # pixels along an edge
@@ -89,8 +88,13 @@ def random_scene(rng: random.Random, pairs: float = 0.5, without: Collection[tup
     """
     while True:
         scene = any_scene(rng, pairs)
-        if not any((o.colour, o.shape) in without for o in scene.objects):
+        if not holds(scene, without):
             return scene
+
+
+def holds(scene: Scene, pairs: Collection[tuple[str, str]]) -> bool:
+    """Whether something in the scene is of one of these pairs of colour and shape."""
+    return any((o.colour, o.shape) in pairs for o in scene.objects)
 
 
 def any_scene(rng: random.Random, pairs: float) -> Scene:
@@ -144,8 +148,3 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
         x, y = (n * (c + rng.uniform(-jitter, jitter)) for c in CENTRES[o.place])
         draw(canvas, o.shape, x, y, n * rng.uniform(*RADII[o.size]), COLOURS[o.colour], background)
     return image.reduce(4)
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """(3, 128, 128) float32 in [-1, 1]."""
-    return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0

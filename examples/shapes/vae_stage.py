@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from bank import Bank, as_input
 from fitting import Run, fit
-from scenes import SIZE, Scene, paint, random_scene, to_array
+from scenes import SIZE
+from stepping import Batch
 from torch import Tensor
 
 from sd.vae import VAE, VAEConfig
 
 VAE_SIZES = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, num_groups=16, scale_factor=1.0)
-
-
-def pictures(scenes: list[Scene], rng: random.Random) -> Tensor:
-    return torch.from_numpy(np.stack([to_array(paint(s, rng)) for s in scenes]))
 
 
 def slopes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,27 +37,30 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
     return difference.abs().mean() + 0.5 * difference.square().mean() + 2 * steepness
 
 
-def train_vae(vae: VAE, run: Run, recipe: Mapping[str, Any]) -> None:
-    """With noise in the latents of every other picture, up to recipe["noise"] of their standard deviation.
+def train_vae(vae: VAE, bank: Bank, run: Run, recipe: Mapping[str, Any]) -> None:
+    """On pictures of the bank, with noise in the latents of every other one: up to recipe["noise"] of their spread.
 
     A UNet's latents are never quite those of a picture. A decoder that has met such ones draws flat areas flat and
     edges sharp all the same; and an encoder that has, says things more than once.
     """
-    batch, steps = recipe["batch"], recipe["steps"]
+    batch, steps, noise = recipe["batch"], recipe["steps"], recipe["noise"]
 
-    def loss_of(step: int) -> Tensor:
-        rng = random.Random(step)
+    def batch_of(step: int) -> Batch:
         whole = step > 0.8 * steps  # before, only quarters: four times as many pictures for the same work
-        scenes = [random_scene(rng, pairs=0.6) for _ in range(batch if whole else 2 * batch)]
-        x = pictures(scenes, rng).to(run.device)
+        index = torch.randint(bank.count, (batch if whole else 2 * batch,), device=bank.device)
+        x = bank.pictures[index]
         if not whole:
-            top, left = rng.randrange(SIZE // 2 + 1), rng.randrange(SIZE // 2 + 1)
-            x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
+            top, left = torch.randint(SIZE // 2 + 1, (2,)).tolist()
+            x = x[:, top : top + SIZE // 2, left : left + SIZE // 2]
+        x, rand = as_input(x).contiguous(), partial(torch.rand, len(x), 1, 1, 1, device=x.device)
+        much = noise * rand() * (rand() < 0.5)
+        return x, much, torch.randn(len(x), 4, x.shape[-1] // 8, x.shape[-1] // 8, device=x.device)
+
+    def loss_of(x: Tensor, much: Tensor, noise: Tensor) -> Tensor:
         mean, logvar = (moment.float() for moment in vae.moments(x))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        much = (recipe["noise"] * torch.rand(len(x), 1, 1, 1) * (torch.rand(len(x), 1, 1, 1) < 0.5)).to(x)
         spread = (torch.exp(0.5 * logvar) ** 2 + (much * mean.std()) ** 2).sqrt()
-        y = vae.decode(mean + spread * torch.randn_like(mean)).float()
+        y = vae.decode(mean + spread * noise).float()
         return reconstruction_loss(y, x) + recipe["kl"] * kl
 
-    fit("vae", vae, loss_of, run, recipe)
+    fit("vae", vae, batch_of, loss_of, run, recipe)
