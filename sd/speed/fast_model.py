@@ -91,8 +91,11 @@ def in_float(part: nn.Module) -> None:
 
 
 def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
-    """Convolutions with channels last; compiled, elementwise work is fused and launched as CUDA graphs."""
-    if extra_memory:  # a copy of the convolutions' weights
+    """The UNet's convolutions with channels last; compiled, elementwise work is fused and launched as CUDA graphs.
+
+    With channels last the VAE decodes slower: 27 ms against 22 in float16, 512 x 512, on an H200.
+    """
+    if extra_memory and isinstance(part, UNet):  # a copy of the convolutions' weights
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
         module = part if isinstance(part, UNet) else part.decoder
