@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .loader import convert, load, save
     from .model import StableDiffusion
     from .parallel.sampler import ParallelSampler
+    from .pictures import alpha_mask, extend
+    from .pictures.inversion import invert
     from .sampler import NotFiniteError, SimpleSampler, Step, denoise
     from .scheduler import DDIM, LMS, PNDM, NoiseSchedule, make_scheduler
     from .speed.fast_model import fast
@@ -38,6 +40,8 @@ _HOME = {
     "Defaults": "weights.defaults",
     "scheduler_from_config": "weights.scheduler_config",
     "StableDiffusion": "model",
+    **dict.fromkeys(["alpha_mask", "extend"], "pictures"),
+    "invert": "pictures.inversion",
     "LeanSampler": "lean.sampler",
     "ParallelSampler": "parallel.sampler",
     "describe": "study.description",
@@ -64,13 +68,16 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "VAEConfig",
+    "alpha_mask",
     "attention",
     "chunked_attention",
     "convert",
     "denoise",
     "describe",
+    "extend",
     "fast",
     "info",
+    "invert",
     "load",
     "make_scheduler",
     "save",

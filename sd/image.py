@@ -32,9 +32,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A picture -> (1, 3, H, W) in [-1, 1], what `VAE.encode` takes."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1)[None].contiguous()
+    """A picture -> (1, 3, H, W) in [-1, 1], what `VAE.encode` takes; to the last bit as diffusers computes it.
+
+    Channels lie last in memory, as in diffusers: convolutions round otherwise in another layout.
+    """
+    array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(2 * array - 1)[None].permute(0, 3, 1, 2)
 
 
 def model_name(model: str) -> str:

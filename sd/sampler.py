@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import count
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -24,31 +23,16 @@ from torch import Tensor
 
 from .image import to_pil
 from .model import StableDiffusion
+from .pictures import Pictures, Start, begin_from, beside, pasted
+from .pictures.given import pictures_in, size_of
+from .prompts.arguments import check_embeddings, check_numbers, checked_size, plain, prompt_list, refuse_unknown
 from .scheduler import Scheduler, make_scheduler
 from .weights.unread import computes_in
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the noise in x
 Prompt = str | list[str] | Tensor
 
-MAX_SIDE = 8192  # pixels; far beyond what the v1 models draw well
 FLOAT32 = "dtype=torch.float32 (--dtype float32)"  # the remedy for what is not finite
-
-OTHER_NAMES = {  # arguments of diffusers and others, and what to do instead
-    "generator": "give seed=, from which image i takes the noise of seed + i",
-    "num_images": "it is called num_images_per_prompt here",
-    "num_steps": "it is called num_inference_steps here",
-    "steps": "it is called num_inference_steps here",
-    "guidance": "it is called guidance_scale here",
-    "cfg_scale": "it is called guidance_scale here",
-    "timesteps": "give num_inference_steps, or a scheduler",
-    "sigmas": "give num_inference_steps, or a scheduler",
-    **dict.fromkeys(["callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"],
-        "sampler.stream(...) hands over every step, to watch it or to stop"),
-    "return_dict": "leave it out, a list of pictures is returned",
-    "cross_attention_kwargs": "sd.use_attention and sd.study.edit change the attention",
-    "clip_skip": "give prompt_embeds, computed from another layer",
-}  # fmt: skip
-
 
 RUNS = count(1)
 
@@ -88,10 +72,6 @@ def announced(**facts: Any) -> Iterator[None]:
         yield
     finally:
         _CALL.reset(token)
-
-
-class UnknownArgumentError(TypeError, ValueError):
-    """An argument that samplers do not take: TypeError as from any function, ValueError as all that they refuse."""
 
 
 class NotFiniteError(ValueError):
@@ -142,21 +122,30 @@ def guided(
 
 
 def denoise(
-    denoiser: Denoiser, x: Tensor, scheduler: Scheduler, draw: Callable[[], Tensor] | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    scheduler: Scheduler,
+    draw: Callable[[], Tensor] | None = None,
+    begin: int = 0,
+    restore: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """The denoising loop. x: (B, 4, h, w), unit noise times the scheduler's `init_noise_sigma`.
 
-    `draw` gives fresh unit noise like x; it is called where a step of the scheduler needs that.
+    draw      gives fresh unit noise like x; it is called where a step of the scheduler needs that
+    begin     the scheduler's step to begin with; x is then what `scheduler.add_noise` makes of clean latents
+    restore   from the scheduler's step i, and x after it, to x with what is to stay put back: a mask
     """
     run, images, size = next(RUNS), len(x), (x.shape[-2], x.shape[-1])
     state = scheduler.init_state()
-    for i, timestep in enumerate(scheduler.timesteps):
+    for step, (i, timestep) in enumerate(list(enumerate(scheduler.timesteps))[begin:]):
         t = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
-        with announced(run=run, images=images, size=size, step=i, timestep=timestep):
+        with announced(run=run, images=images, size=size, step=step, timestep=timestep):
             noise = denoiser(scheduler.scale_input(i, x), t)
         denoised = scheduler.denoised(i, noise, x)
         x, state = scheduler.step(i, noise, x, state, variance_noise=draw() if draw and scheduler.draws(i) else None)
-        yield Step(i, timestep, x, noise, denoised)
+        if restore is not None:
+            x = restore(i, x)
+        yield Step(step, timestep, x, noise, denoised)
 
 
 @dataclass(frozen=True)
@@ -172,6 +161,18 @@ class Request:
     seeds: list[int]  # one an image
     scheduler: Scheduler
     latents: Tensor | None  # (B, 4, h, w)
+    pictures: Pictures | None = None  # to draw from
+    beside: Tensor | None = None  # (B, 5, h, w): what weights of 9 channels are told; known when the loop starts
+
+    @property
+    def begin(self) -> int:
+        """The scheduler's step that the loop begins with."""
+        return 0 if self.pictures is None else self.scheduler.begin(self.pictures.strength)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """Of the steps that are taken."""
+        return self.scheduler.timesteps[self.begin :]
 
 
 class SimpleSampler:
@@ -195,6 +196,13 @@ class SimpleSampler:
         scheduler             a name that sd.make_scheduler knows, such as "ddim" or "dpmpp_2m_karras", or a scheduler
         eta                   0.0 to 1.0, for "ddim"
         latents               (B, 4, h, w) unit noise to start from in place of the seed's
+        image                 a picture to draw from: PIL's, a path, or (n, 3, H, W) in [0, 1]; or a list, one for
+                              each prompt. The size is then the picture's, cut to multiples of 8; with height and
+                              width it is scaled to cover them, and cut
+        strength              0.8; above 0, to 1: the share of the steps that is taken, from the picture under noise
+        mask_image            of the picture's size: what is white is drawn anew, what is black stays, grey is drawn
+                              anew in the last of the steps; (n, 1, H, W) in [0, 1]
+        paste                 True; pixels where the mask is black are the picture's own, with a seam of 4 pixels
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
         prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
 
@@ -206,10 +214,12 @@ class SimpleSampler:
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'pt' or 'latent', not {output_type!r}.")
         latents = None
-        for step in self.stream(prompt, **options):
+        with torch.no_grad():
+            request = self.request(prompt, **options)
+        for step in self.run(request):
             latents = step.latents
         assert latents is not None  # every scheduler has at least one step
-        return self.decode(latents, output_type)
+        return self.finish(latents, request, output_type)
 
     def stream(self, prompt: Prompt | None = None, **options: Any) -> Iterator[Step]:
         """The same call as a generator: one `Step` after each call of the UNet. Stop when you like.
@@ -223,10 +233,12 @@ class SimpleSampler:
     def run(self, request: Request) -> Iterator[Step]:
         """The steps of a request that `request` has checked."""
         draw = noise_like_diffusers(self.model, request)
-        x = request.latents if request.latents is not None else draw()
-        x = x * request.scheduler.init_noise_sigma
+        with torch.no_grad():
+            start = self.start(request, draw)
+        if start.beside is not None:
+            request = replace(request, beside=start.beside)
         with self.denoiser(request) as denoiser:
-            steps = denoise(denoiser, x, request.scheduler, draw)
+            steps = denoise(denoiser, start.x, request.scheduler, draw, start.begin, start.restore)
             while True:
                 # Entered for each step, not around the loop: the caller's code runs between two steps.
                 self.model.check_file()
@@ -251,14 +263,16 @@ class SimpleSampler:
         scheduler: str | Scheduler | None = None,
         eta: float = 0.0,
         latents: Tensor | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        mask_image: Any = None,
+        paste: bool = True,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         **unknown: Any,
     ) -> Request:
         """Check the arguments of a call, and encode its texts."""
-        for name in unknown:
-            hint = OTHER_NAMES.get(name, "help(sd.SimpleSampler.__call__) lists them")
-            raise UnknownArgumentError(f"Samplers take no argument {name}: {hint}.")
+        refuse_unknown(unknown)
         usual = self.model.defaults
         seed, num_images_per_prompt, eta = plain(seed), plain(num_images_per_prompt), plain(eta)
         num_inference_steps, guidance_scale = plain(num_inference_steps), plain(guidance_scale)
@@ -268,15 +282,13 @@ class SimpleSampler:
         if isinstance(scheduler, str):
             steps = usual.num_inference_steps if num_inference_steps is None else num_inference_steps
             scheduler = make_scheduler(scheduler, steps, eta, schedule=usual.schedule)
-        if not is_number(guidance_scale) or not 0 <= guidance_scale <= 100:
-            raise ValueError(f"guidance_scale must be a number from 0 to 100 (7.5 is usual), not {guidance_scale!r}.")
-        if not is_whole(num_images_per_prompt) or not 1 <= num_images_per_prompt <= 1000:
-            raise ValueError(
-                f"num_images_per_prompt must be a whole number from 1 to 1000, not {num_images_per_prompt!r}."
-            )
-        if not is_whole(seed) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}.")
-        height, width = self._size(height, width, latents)
+        check_numbers(guidance_scale, num_images_per_prompt, seed)
+        if image is None and mask_image is not None:
+            raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")
+        f, channels = self.model.vae.config.downsampling, self.model.vae.config.z_channels
+        own = size_of(image, f) if image is not None and latents is None else (usual.width, usual.height)
+        own = own[0] or self.model.size, own[1] or self.model.size
+        height, width = checked_size(height, width, latents, own, f, channels)
 
         given = prompt if prompt_embeds is None else prompt_embeds
         negative_prompt = "" if negative_prompt is None else negative_prompt
@@ -302,40 +314,17 @@ class SimpleSampler:
         if not isinstance(given, Tensor):
             texts = [text for text in prompt_list(given) for _ in range(num_images_per_prompt)]
         seeds = [seed + i for i in range(len(context))]
-        return Request(texts, context, negative, guidance_scale, height, width, seeds, scheduler, latents)
-
-    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        f, channels = self.model.vae.config.downsampling, self.model.unet.config.in_channels
-        if latents is not None:
-            if not isinstance(latents, Tensor):
-                raise ValueError(f"latents must be a tensor, not {reprlib.repr(latents)}.")
-            if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
-                raise ValueError(
-                    f"latents must be floating-point, of shape (images, {channels}, height/{f}, width/{f}), "
-                    f"not {latents.dtype} of {tuple(latents.shape)}."
-                )
-            own = f * latents.shape[2], f * latents.shape[3]
-            if (height or own[0], width or own[1]) != own:
-                raise ValueError(f"latents are for {own[1]} x {own[0]} pixels, not {width} x {height}.")
-            height, width = own
-        usual = self.model.defaults
-        height = usual.height or self.model.size if height is None else height
-        width = usual.width or self.model.size if width is None else width
-        for name, side in (("height", height), ("width", width)):
-            if not is_whole(side) or side % f or not f <= side <= MAX_SIDE:
-                raise ValueError(f"{name} must be a multiple of {f} from {f} to {MAX_SIDE} pixels, not {side!r}.")
-        return height, width
+        pictures = None
+        if image is not None:
+            counts = len(context), num_images_per_prompt
+            pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts)
+            scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
+        return Request(texts, context, negative, guidance_scale, height, width, seeds, scheduler, latents, pictures)
 
     def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
         """(P, 77, C) on the UNet's device; `count`: how many are wanted, where it is known."""
         if isinstance(prompt, Tensor):
-            wanted = self.model.unet.config.context_dim
-            usable = prompt.is_floating_point() and prompt.layout == torch.strided and not prompt.is_meta
-            if prompt.ndim != 3 or prompt.shape[-1] != wanted or not prompt.numel() or not usable:
-                raise ValueError(
-                    f"{name} embeddings must be of shape (prompts, 77, {wanted}), dense, floating-point, not empty, "
-                    f"not {tuple(prompt.shape)} of {prompt.dtype} ({prompt.layout}, {prompt.device})."
-                )
+            check_embeddings(prompt, name, self.model.unet.config.context_dim)
             context = prompt.to(device=self.model.device, dtype=self.model.dtype)
             if not context.isfinite().all():
                 raise ValueError(f"{name} embeddings have NaN or infinity in {context.dtype}: give finite ones.")
@@ -354,13 +343,41 @@ class SimpleSampler:
     def encode_prompt(self, texts: list[str]) -> Tensor:
         return self.model.encode_prompt(texts)
 
+    def start(self, request: Request, draw: Callable[[], Tensor]) -> Start:
+        """Where the loop begins: with noise, or with a picture under noise."""
+
+        def encode(images: Tensor, which: tuple[int, ...], noise: Tensor) -> Tensor:
+            moments = {k: self.moments(images[k : k + 1]) for k in sorted(set(which))}
+            drawn = [moments[k][0] + moments[k][1] * noise[i : i + 1] for i, k in enumerate(which)]
+            return torch.cat(drawn) * self.model.vae.config.scale_factor
+
+        return begin_from(request, draw, encode, self.model.unet.config.in_channels)
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, 3, H, W) in [-1, 1] -> mean and standard deviation of its latents, for the UNet."""
+        self.model.check_file()
+        mean, logvar = self.model.vae.moments(image.to(*computes_in(self.model.vae)))
+        like = self.model.device, self.model.dtype
+        return mean.to(*like), torch.exp(0.5 * logvar).to(*like)
+
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:
         """What predicts the noise for a request, while it is drawn."""
+        unet = beside(self.model.unet, request.beside)
         if request.negative is None:
-            yield with_text(self.model.unet, request.context)
+            yield with_text(unet, request.context)
         else:
-            yield guided(self.model.unet, request.context, request.negative, request.guidance_scale)
+            yield guided(unet, request.context, request.negative, request.guidance_scale)
+
+    def finish(self, latents: Tensor, request: Request, output_type: str = "pil") -> list[Image.Image] | Tensor:
+        """`decode`, and the request's own picture where its mask is black."""
+        pictures = request.pictures
+        if output_type == "latent" or pictures is None or pictures.mask is None or not pictures.paste:
+            return self.decode(latents, output_type)
+        images = self.decode(latents, "pt")
+        assert isinstance(images, Tensor)
+        images = pasted(images, pictures)
+        return images if output_type == "pt" else to_pil(images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
@@ -387,7 +404,7 @@ def noise_like_diffusers(model: StableDiffusion, request: Request) -> Callable[[
     """
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     f = model.vae.config.downsampling
-    shape = (1, model.unet.config.in_channels, request.height // f, request.width // f)
+    shape = (1, model.vae.config.z_channels, request.height // f, request.width // f)
 
     def draw() -> Tensor:
         noise = [torch.randn(shape, generator=g, dtype=request.context.dtype) for g in generators]
@@ -402,25 +419,3 @@ def finite(x: Tensor, stage: str, remedy: str) -> None:
             f"The {stage} returned NaN or infinity in {str(x.dtype).removeprefix('torch.')}: "
             f"try {remedy}; if it stays, the weights are damaged."
         )
-
-
-def prompt_list(prompt: Any) -> list[str]:
-    """The texts of a prompt; none where it is something else."""
-    if isinstance(prompt, str):
-        return [prompt]
-    return list(prompt) if isinstance(prompt, (list, tuple)) else []
-
-
-def plain(x: Any) -> Any:
-    """NumPy's numbers, and others that are none of Python's own, as those; what is no number as it is."""
-    if isinstance(x, bool) or not isinstance(x, Real):
-        return x
-    return int(x) if isinstance(x, Integral) else float(x)
-
-
-def is_whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

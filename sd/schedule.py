@@ -94,6 +94,7 @@ class Scheduler:
 
     eta = 0.0  # above 0 for DDIM alone
     name = ""  # in SCHEDULERS
+    calls: ClassVar[int] = 1  # of the model for each of num_inference_steps
     predictions: ClassVar[tuple[str, ...]] = PREDICTIONS  # those that the solver can work with
 
     def __post_init__(self) -> None:
@@ -182,6 +183,18 @@ class Scheduler:
         self.check_index(i)
         abar = self.schedule.alphas_cumprod[int(self.timesteps[i])].to(dtype)
         return (abar**0.5).item(), ((1 - abar) ** 0.5).item()
+
+    def begin(self, strength: float) -> int:
+        """The step to begin with where only the last part of the steps is taken, with a fresh state.
+
+        strength: above 0, to 1, as diffusers has it: int(num_inference_steps * strength) steps. Raises ValueError
+        where that is none.
+        """
+        n = self.num_inference_steps
+        count = min(int(n * strength), n)
+        if count < 1:
+            raise ValueError(f"strength {strength:g} of {n} steps leaves none: give more of either")
+        return (n - count) * self.calls
 
     def check_index(self, i: int) -> None:
         """Raise IndexError unless there is a step i."""

@@ -69,6 +69,11 @@ class PNDM(AlongX):
     def timesteps(self) -> tuple[float, ...]:
         return self._visited[:2] + self._visited[1:]
 
+    def begin(self, strength: float) -> int:
+        # From the second timestep on: its first mention is step 0 taken again, which there is not.
+        i = super().begin(strength)
+        return 2 if i == 1 else i
+
     @cached_property
     def _coefficients(self) -> list[list[float]]:
         t = self._visited  # not `timesteps`: step 1 arrives at t[1], where step 2 leaves from

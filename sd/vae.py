@@ -85,7 +85,7 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        y = self.norm(x.contiguous()).flatten(2).transpose(1, 2)  # (B, h*w, C)
         q, k, v = (z.unsqueeze(1) for z in self.ops.project(self.q, self.k, self.v, y))  # (B, 1, h*w, C)
         y = self.ops.linear(self.proj_out, self.attend(q, k, v).squeeze(1))
         return y.transpose(1, 2).reshape(x.shape) + x

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sd.cli import draw, main
 from sd.cli.settings import Drawing, drawing_of
+from sd.image import read_settings
 
 CAPTION = "a red star above a blue ring on a white background"
 
@@ -168,13 +169,19 @@ class Counting:
         self.calls.append((seed, num_images_per_prompt))
         scheduler = SimpleNamespace(name="pndm", timesteps=[1.0], num_inference_steps=1)
         return SimpleNamespace(
-            images=num_images_per_prompt, scheduler=scheduler, guidance_scale=7.5, height=8, width=8
+            images=num_images_per_prompt,
+            scheduler=scheduler,
+            guidance_scale=7.5,
+            height=8,
+            width=8,
+            timesteps=[1.0],
+            pictures=None,
         )
 
     def run(self, request):
         yield SimpleNamespace(latents=request.images)
 
-    def decode(self, images):
+    def finish(self, images, request):
         return [Image.new("RGB", (8, 8))] * images
 
 
@@ -374,3 +381,57 @@ def test_convert_and_info(tmp_path, capsys, monkeypatch):
     assert main([CAPTION, "--steps", "2", "-o", "builtin.png"]) == 0
     assert Image.open("mine.png").tobytes() == Image.open("builtin.png").tobytes()
     refused(["info", "nothing.ckpt"], capsys, "nothing.ckpt")
+
+
+def test_pictures_in(tmp_path, monkeypatch, capsys):
+    """Drawn from a picture, with a mask and beyond its edges; drawn again only with the same pictures at hand."""
+    monkeypatch.chdir(tmp_path)
+    quick = ["--steps", "2", "--quiet"]
+    Image.new("RGB", (64, 64), "white").save("white.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save("mask.png")
+    assert main(["a red star", "--image", "white.png", "--mask", "mask.png", "-o", "a.png", *quick]) == 0
+    a = Image.open("a.png")
+    assert a.size == (64, 64)
+    assert a.crop((32, 0, 64, 64)).getextrema() == ((255, 255),) * 3
+    settings = read_settings("a.png")
+    assert (settings["image"], settings["mask"], settings["strength"]) == ("white.png", "mask.png", 0.8)
+    assert main(["--again", "a.png", "-o", "b.png", *quick]) == 2
+    assert "add --image white.png --mask mask.png" in capsys.readouterr().err
+    again = ["--again", "a.png", "--image", "white.png", "--mask", "mask.png", "--quiet"]
+    assert main([*again, "-o", "b.png"]) == 0
+    assert list(Image.open("b.png").getdata()) == list(a.getdata())
+    Image.new("RGB", (64, 64), "red").save("white.png")
+    assert main([*again, "-o", "c.png"]) == 0
+    assert "another image than white.png" in capsys.readouterr().err
+    assert main(["a red star", "--image", "mask.png", "--extend", "left=16,top=8", "-o", "d.png", *quick]) == 0
+    assert Image.open("d.png").size == (80, 72)
+    assert main(["a red star", "--height", "64", "--width", "64", "--hires", "1.5", "-o", "e.png", *quick]) == 0
+    assert Image.open("e.png").size == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--mask", "m.png"], "--mask is about a picture"),
+        (["--strength", "0.5"], "--strength is about a picture"),
+        (["--no-paste"], "--no-paste is about a picture"),
+        (["--extend", "left=8"], "--extend is about a picture"),
+        (["--image", "none.png"], "none.png cannot be read"),
+        (["--image", "w.png", "--mask", "alpha"], "no transparency"),
+        (["--image", "w.png", "--mask", "w.png", "--extend", "left=8"], "leave --mask out"),
+        (["--image", "w.png", "--mask", "w.png", "--hires", "2"], "leave --mask and --extend out"),
+        (["--image", "w.png", "--extend", "left=9000"], "--extend must be like left=128"),
+        (["--image", "w.png", "--extend", "middle=8"], "--extend must be like left=128"),
+        (["--image", "w.png", "--strength", "0"], "strength 0"),
+        (["--image", "w.png", "--strength", "2"], "--strength must be a number above 0"),
+        (["--hires", "1"], "--hires must be a number above 1"),
+    ],
+)
+def test_pictures_that_cannot_be_used(tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "white").save("w.png")
+    assert main(["a red star", "-o", "a.png", "--steps", "2", *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()

@@ -203,7 +203,6 @@ TO_K = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.wei
         ({"model.diffusion_model.extra": torch.zeros(1)}, r"UNet: a tensor is surplus \(extra\)"),
         ({"something.else": torch.zeros(1)}, r"a tensor is surplus \(something.else\)"),
         ({"model.diffusion_model.out.0.bias": torch.zeros(3)}, r"out.0.bias is \(3,\), not \(32,\)"),
-        ({IN: torch.zeros(32, 9, 3, 3)}, "holds inpainting weights"),
         ({IN: torch.zeros(32, 8, 3, 3)}, "holds InstructPix2Pix weights"),
         ({TO_K: torch.zeros(64, 1024)}, "holds SD 2 weights"),
         ({"cond_stage_model.model.ln_final.weight": torch.zeros(2)}, "holds SD 2 weights"),

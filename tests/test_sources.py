@@ -97,7 +97,6 @@ def test_other_models_on_the_hub_are_named(changed):
     for content, name in (
         ({"cross_attention_dim": 1024}, "SD 2"),
         ({"cross_attention_dim": 2048}, "SDXL"),
-        ({"in_channels": 9}, "inpainting"),
         ({"in_channels": 8}, "InstructPix2Pix"),
     ):
         folder = changed("unet/config.json", content)

@@ -9,6 +9,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from ..files import from_root, printable
+from . import given_pictures
 from .options import DTYPES, LAST_SEED, CommandError
 
 LONGEST = 100_000  # characters of a prompt
@@ -74,6 +75,18 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "guidance_scale": real(0, 100),
     "eta": real(0, 1),
     "ema": lambda value: isinstance(value, bool),
+    "image": name,
+    "mask": name,
+    "strength": real(0, 1),
+    "paste": lambda value: isinstance(value, bool),
+    "extend": lambda value: (
+        isinstance(value, dict)
+        and value.keys() <= {"left", "right", "top", "bottom"}
+        and all(whole(0, 8192)(pixels) for pixels in value.values())
+    ),
+    "hires": real(1, 8),
+    "image_digest": hexadecimal,
+    "mask_digest": hexadecimal,
     "config": lambda value: isinstance(value, dict) and all(isinstance(part, dict) for part in value.values()),
     "model_hash": hexadecimal,  # of the file, or that of the UNet
     "others_hash": hexadecimal,  # of the files of the other parts
@@ -97,6 +110,9 @@ def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"{printable(picture)} cannot be drawn again: its setting {key} is damaged "
                 f"({printable(repr(value), 60)})."
             )
+    given_pictures.asked_for(picture, found, given)
+    if "image" in given and "image" not in found:  # sizes are then those of the picture
+        found = {key: value for key, value in found.items() if key not in ("height", "width")}
     if "model" not in given:
         refuse_strangers(picture, found)
     elif last_part(str(given["model"])) == last_part(found.get("model", "shapes")):

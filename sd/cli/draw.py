@@ -8,14 +8,25 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..files import printable
 from ..parallel import launch
-from . import compare, convert, describe, info, study
-from .options import CommandError, Parser, add_drawing_options, add_source_options, memory, one_of, shares, whole
+from . import compare, convert, describe, given_pictures, info, study
+from .options import (
+    CommandError,
+    Parser,
+    add_drawing_options,
+    add_source_options,
+    memory,
+    number,
+    one_of,
+    shares,
+    whole,
+)
 from .output import picture_paths, save_result
 from .settings import Drawing, differences, drawing_of, hashes_of, load_model, make_sampler, settings_used
 
@@ -48,6 +59,8 @@ def parser() -> Parser:
     add("-o", "--output", metavar="PNG", help="A file, or a folder; with a slash at the end, it is made. Default: "
         "the first free artist-001.png.")  # fmt: skip
     add("--count", type=whole(1, 10_000), metavar="N", help="How many pictures to draw. Default: 1.")
+    add("--hires", type=number, metavar="N", help="Draw the picture, then enlarge it so many times, above 1 to 8, "
+        "and draw it once more from that.")  # fmt: skip
     add("--again", metavar="PNG", help="Draw a picture that artist drew before; other options change it.")
     add = result.add_argument_group("how the work is done").add_argument
     add("--variant", type=one_of("simple", "lean", "parallel"), metavar="NAME", help="simple; lean, which takes "
@@ -72,6 +85,7 @@ def run(arguments: Sequence[str]) -> int:
         parser().print_help()
         return 2
     drawing = settle(parser().parse(arguments))
+    given_pictures.arguments(drawing)  # what is wrong with the pictures is said before a model is loaded
     leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
     if not leads:
         warnings.showwarning = lambda *_: None  # rank 0 says it
@@ -135,8 +149,9 @@ def settle(given: Mapping[str, Any]) -> Drawing:
 
 def prepare(drawing: Drawing, *, leads: bool) -> SimpleSampler:
     model = load_model(drawing)
-    for difference in differences(drawing, hashes_of(model)) if leads and drawing.again and not drawing.plan else ():
-        warnings.warn(difference)
+    if leads and drawing.again and not drawing.plan:
+        for difference in [*differences(drawing, hashes_of(model)), *given_pictures.others(drawing)]:
+            warnings.warn(difference)
     return make_sampler(model, drawing)
 
 
@@ -168,22 +183,32 @@ def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterato
         if n < together and drawing.split:  # fewer are left than the split deals out
             sampler = make_sampler(sampler.model, replace(drawing, split={**drawing.split, "image": n}))
         seed = drawing.seed + done
-        request = sampler.request(drawing.prompt, seed=seed, num_images_per_prompt=n, **drawing.call)
         numbers = f" {done + 1}{f'-{done + n}' if n > 1 else ''}/{drawing.count}" if drawing.count > 1 else ""
-        total = len(request.scheduler.timesteps)
-        if drawing.variant == "lean":
-            from ..lean.sampler import LeanSampler
+        call = {"prompt": drawing.prompt, "seed": seed, "num_images_per_prompt": n, **drawing.call}
+        bar = partial(tqdm, unit="step", disable=not show)
+        images, request = draw_once(sampler, call, partial(bar, desc=f"drawing{numbers}"))
+        if drawing.hires:
+            from ..pictures import from_enlarged
 
-            assert isinstance(sampler, LeanSampler)
-            sampler.make_plan(request)  # too little memory is said before a bar is shown
-        for step in tqdm(sampler.run(request), f"drawing{numbers}", total, unit="step", disable=not show):
-            latents = step.latents
-        images = sampler.decode(latents)
+            again = call | from_enlarged(images, drawing.hires)
+            images, _ = draw_once(sampler, again, partial(bar, desc=f"enlarged{numbers}"))
         seconds = time.perf_counter() - start
         for i, image in enumerate(images):
             settings = settings_used(drawing, sampler.model, request) | {"seed": seed + i}
             yield Drawn(done + i, image, settings, seconds)
         done += n
+
+
+def draw_once(sampler: SimpleSampler, call: dict[str, Any], bar: Any) -> tuple[list[Image], Any]:
+    """The pictures of a call, and its request; `bar` is tqdm."""
+    request = sampler.request(**call)
+    if make_plan := getattr(sampler, "make_plan", None):
+        make_plan(request)  # too little memory is said before a bar is shown
+    for step in bar(sampler.run(request), total=len(request.timesteps)):
+        latents = step.latents
+    images = sampler.finish(latents, request)
+    assert isinstance(images, list)
+    return images, request
 
 
 def at_once(sampler: SimpleSampler, drawing: Drawing) -> int:

@@ -135,6 +135,19 @@ def shares(text: str) -> dict[str, int]:
     return result
 
 
+def sides(text: str) -> dict[str, int]:
+    """left=128,top=64"""
+    parts = [part.split("=") for part in text.split(",")]
+    try:
+        result = {name.strip(): int(pixels) for name, pixels in parts}
+    except ValueError:
+        result = {}
+    known = result.keys() <= {"left", "right", "top", "bottom"} and len(result) == len(parts)
+    if not known or not all(0 <= pixels <= 8192 for pixels in result.values()) or not any(result.values()):
+        raise argparse.ArgumentTypeError(f"must be like left=128,top=64, in pixels to 8192, not {repeated(text)}")
+    return result
+
+
 # ---- options
 
 SOURCE: dict[str, dict[str, Any]] = {
@@ -181,6 +194,17 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "'DPM++ 2M Karras' and others; an unknown name lists them. Default: the model's own; pndm "
         "for Stable Diffusion v1.")  # fmt: skip
     add("--eta", type=number, metavar="E", help="How much new noise ddim adds in each step, 0 to 1. Default: 0.")
+    add = parser.add_argument_group("from which picture").add_argument
+    add("--image", metavar="FILE", help="A picture to draw from. It says the size, too, unless --height and --width "
+        "do: then it is scaled to cover them, and cut.")  # fmt: skip
+    add("--strength", type=number, metavar="S", help="How much is drawn anew, above 0, to 1. Default: 0.8; 1 with "
+        "--extend.")  # fmt: skip
+    add("--mask", metavar="FILE", help="A picture of the same size: what is white is drawn anew, black stays, grey "
+        "is in between. The word alpha stands for what is transparent in the image.")  # fmt: skip
+    add("--no-paste", dest="paste", action="store_false", help="Do not put the image itself back where the mask is "
+        "black.")  # fmt: skip
+    add("--extend", type=sides, metavar="SIDES", help="Draw on beyond the edges of the image, for example "
+        "left=128,top=64, in pixels.")  # fmt: skip
     add = parser.add_argument_group("with which model, and where it runs").add_argument
     add("--model", help="The built-in model shapes, a .ckpt or .safetensors file, a folder, or a Hub repository. "
         "Default: shapes.")  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
 from ..parallel import launch
+from . import given_pictures
 from .again import HASHES, RECORDED, recorded
 from .options import LAST_SEED, RANDOM, CommandError
 
@@ -37,6 +38,15 @@ class Drawing:
     width: int | None = None
     scheduler: str | None = None
     eta: float = 0.0
+    # From which picture.
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+    paste: bool = True
+    extend: Mapping[str, int] | None = None
+    hires: float | None = None
+    image_digest: str | None = None  # of what the picture to be drawn again was drawn from
+    mask_digest: str | None = None
     # With which model.
     model: str = "shapes"
     revision: str | None = None
@@ -67,7 +77,7 @@ class Drawing:
     def call(self) -> dict[str, Any]:
         """The arguments of a sampler, but for the prompt, the seed, and what is left to the model."""
         names = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "eta")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {n: value for n in names if (value := getattr(self, n)) is not None} | given_pictures.arguments(self)
 
     @property
     def fast(self) -> bool:
@@ -115,7 +125,9 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
     from .. import __version__
     from ..scheduler import scheduler_name
 
-    asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES}
+    asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES} | given_pictures.told(drawing)
+    if request.pictures is not None:
+        asked["strength"] = request.pictures.strength
     return asked | {
         "num_inference_steps": request.scheduler.num_inference_steps,
         "guidance_scale": request.guidance_scale,

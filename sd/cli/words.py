@@ -18,7 +18,11 @@ OPTIONS = {  # what the library calls by the name of an argument, and the comman
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
     "num_images_per_prompt": "--count",
-    **{name: f"--{name}" for name in ("height", "width", "seed", "eta", "memory", "scheduler", "dtype", "device")},
+    "mask_image": "--mask",
+    **{
+        name: f"--{name}"
+        for name in ("height", "width", "seed", "eta", "memory", "scheduler", "dtype", "device", "strength", "image")
+    },
 }
 NO_MEMORY = (
     "There is not enough memory for this: draw a smaller picture (--height, --width), take --variant lean, with "

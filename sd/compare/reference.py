@@ -126,6 +126,7 @@ def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
     with torch.device("meta" if assign else "cpu"):
         unet = diffusers().UNet2DConditionModel(
             sample_size=model.size // 8,
+            in_channels=c.in_channels,
             block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
             layers_per_block=c.num_res_blocks,
             cross_attention_dim=c.context_dim,

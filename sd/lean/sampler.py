@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from ..attention import BasicTransformerBlock
 from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
+from ..pictures import beside
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, announced, finished, guide
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
+from ..vae import VAE
 from ..weights.unread import at_rest, computes_in
 from .bands import Bands
 from .plan import PROCESS, TEXT_PIECE, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
@@ -71,7 +73,7 @@ class LeanSampler(SimpleSampler):
         return free_memory(self.model.device) if self.memory is None else self.memory
 
     def make_plan(self, request: Request) -> MemoryPlan:
-        guidance, steps = request.negative is not None, len(request.scheduler.timesteps)
+        guidance, steps = request.negative is not None, len(request.timesteps)
         job = self.job(request.height, request.width, len(request.context), guidance, steps)
         return plan_memory(job, self.available())
 
@@ -95,8 +97,9 @@ class LeanSampler(SimpleSampler):
         weights = weights_on(self.model.device, self.model.dtype, plan.piece, self.tidier(plan.peaks["UNet"]))
         contexts = [request.context] if request.negative is None else [request.negative, request.context]
         with self.stage("UNet", plan):
-            unet = LeanUNet(self.model.unet, weights, request, contexts)
-            weights.keep(large_weights(unet.unet), plan.kept)
+            lean = LeanUNet(self.model.unet, weights, request, contexts)
+            weights.keep(large_weights(lean.unet), plan.kept)
+        unet = beside(lean, request.beside)
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             with self.stage("UNet", plan):
@@ -117,34 +120,46 @@ class LeanSampler(SimpleSampler):
             yield denoiser
         finally:
             weights.release()
-            unet.ops.known.clear()
+            lean.ops.known.clear()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
         if output_type == "latent":
             return latents
-        trim()
         f = self.model.vae.config.downsampling
-        job = self.job(f * latents.shape[2], f * latents.shape[3], len(latents), guidance=False, steps=1)
-        device, dtype = computes_in(self.model.vae)  # may differ from the UNet's
-        plan = choose_bands(least(replace(job, itemsize=dtype.itemsize)), self.available())
-        weights = Weights(dtype, device)
-        latents = latents.to(weights.device, weights.dtype)
+        images = []
+        for z in latents.split(1):
+            with self.vae_by_bands(f * latents.shape[2], f * latents.shape[3], len(latents)) as (vae, bands, place):
+                images.append(bands.decode(vae, z.to(*place)))
+        result = torch.cat(images) if len(images) > 1 else images[0]
+        del images
+        return finished(result, output_type)
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        with self.vae_by_bands(image.shape[2], image.shape[3], 1) as (vae, bands, place):
+            mean, logvar = bands.encode(vae, image.to(*place))
+        like = self.model.device, self.model.dtype
+        return mean.to(*like), torch.exp(0.5 * logvar).to(*like)
+
+    @contextmanager
+    def vae_by_bands(
+        self, height: int, width: int, images: int
+    ) -> Iterator[tuple[VAE, Bands, tuple[torch.device, torch.dtype]]]:
+        """A VAE whose weights are read as they are needed, the bands that fit, and where and in what it computes."""
+        trim()
+        place = computes_in(self.model.vae)  # may differ from the UNet's
+        job = self.job(height, width, images, guidance=False, steps=1)
+        plan = choose_bands(least(replace(job, itemsize=place[1].itemsize)), self.available())
+        weights = Weights(place[1], place[0])
 
         def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:
             return weights.whole(layer.weight), weights.whole(layer.bias)  # type: ignore[arg-type]
 
         with at_rest(self.model.vae):
             vae = copy_of(self.model.vae, TEXTBOOK)
-        images = []
-        for z in latents.split(1):
-            with self.stage("VAE", plan):
-                bands = Bands(plan.band, plan.choices, ready, tidy=self.tidier(plan.peaks["VAE"]))
-                images.append(bands.decode(vae, z))
-            trim()
-        result = torch.cat(images) if len(images) > 1 else images[0]
-        del images
-        return finished(result, output_type)
+        with self.stage("VAE", plan):
+            yield vae, Bands(plan.band, plan.choices, ready, tidy=self.tidier(plan.peaks["VAE"])), place
+        trim()
 
     def tidier(self, peak: int) -> Callable[[], None]:
         """A function that keeps the C library's heap within a predicted peak.

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model import StableDiffusion
+from ..pictures import beside
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
 from ..speed.malloc import keep
 from ..unet import UNetConfig, topology
@@ -152,7 +153,7 @@ class ParallelSampler(SimpleSampler):
         shares = deal(len(request.context), split.image)
         steps = super().run(part(request, shares[place.image], split)) if place else iter(())
         with drawing():
-            for i, timestep in enumerate(request.scheduler.timesteps):
+            for i, timestep in enumerate(request.timesteps):
                 step = next(steps, None)
                 own = torch.stack([step.latents, step.noise, step.denoised], dim=1) if step else None
                 shape = (3, *self.latent_shape(request))
@@ -162,7 +163,7 @@ class ParallelSampler(SimpleSampler):
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:
         f = self.model.vae.config.downsampling
-        return self.model.unet.config.in_channels, request.height // f, request.width // f
+        return self.model.vae.config.z_channels, request.height // f, request.width // f
 
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:
@@ -174,6 +175,7 @@ class ParallelSampler(SimpleSampler):
         if split.rows > 1:
             members = [split.rank(place.image, place.guidance, r) for r in range(split.rows)]
             unet = rows_of_unet(self.model.unet, Ranks(members, self.traffic), *self.latent_shape(request)[1:])
+        unet = beside(unet, request.beside)
         if request.negative is None:
             yield with_text(unet, request.context)
         elif split.guidance == 1:
@@ -243,6 +245,7 @@ class ParallelSampler(SimpleSampler):
             "the prompts": digest(request.context, request.negative, request.guidance_scale),
             "the size": f"{request.width} x {request.height}",
             "the seeds": digest(request.seeds, request.latents),
+            "the pictures": digest(*vars(request.pictures).values()) if request.pictures else "",
             "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler.timesteps, scheduler.eta, schedule)}",
             "the dtype": self.model.dtype,
         }
@@ -277,7 +280,7 @@ def deal(count: int, hands: int) -> list[range]:
     return [range(i * count // hands, (i + 1) * count // hands) for i in range(hands)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Portion(Request):
     """What one rank draws of a request."""
 
@@ -293,6 +296,7 @@ def part(request: Request, images: range, split: Split) -> Portion:
         "negative": None if request.negative is None else request.negative[cut],
         "seeds": request.seeds[cut],
         "latents": None if request.latents is None else request.latents[cut],
+        "pictures": None if request.pictures is None else request.pictures.part(cut),
     }
     return Portion(**vars(request) | own, split=split)
 

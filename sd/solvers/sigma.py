@@ -161,6 +161,8 @@ class TwoStages(SigmaSolver):
     second call without the state of the first goes on from there with order 1.
     """
 
+    calls = 2
+
     @cached_property
     def _middle(self) -> tuple[float, ...]:
         """The sigma at which the second call of each whole step is made; 0 for the last, which has none."""

@@ -160,7 +160,7 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
     handle = model.unet.register_forward_hook(note, with_kwargs=True)
     try:
         with listen(model) as now:  # after the hook, which still belongs to the call
-            for step in progress(steps(), total=len(request.scheduler.timesteps)) if progress else steps():
+            for step in progress(steps(), total=len(request.timesteps)) if progress else steps():
                 latents = step.latents.cpu().clone()
     finally:
         handle.remove()

@@ -196,7 +196,7 @@ MARKS = {  # a tensor of each part that other models have not
     "vae": "decoder.conv_in.weight",
     "text": "embeddings.token_embedding.weight",
 }
-CHANNELS = {9: "inpainting", 8: "InstructPix2Pix"}  # that go into the UNet
+CHANNELS = {8: "InstructPix2Pix"}  # that go into the UNet, where a model of ours takes 4, or 9 for inpainting
 
 
 def kind_of(tensors: Tensors) -> str:
@@ -218,7 +218,7 @@ def kind_of(tensors: Tensors) -> str:
         return "SD 2"
     inputs = ("input_blocks.0.0.weight", PREFIXES["unet"] + "conv_in.weight")  # CompVis' name, the Hub's
     first = next((t for n, t in tensors.items() if n.endswith(inputs)), None)
-    if first is not None and first.ndim == 4 and first.shape[1] != 4:
+    if first is not None and first.ndim == 4 and first.shape[1] not in (4, 9):
         return CHANNELS.get(first.shape[1], f"{first.shape[1]}-channel")
     contexts = {t.shape[1] for n, t in tensors.items() if n.endswith("attn2.to_k.weight") and t.ndim == 2}
     for width in sorted(CONTEXTS, reverse=True):

@@ -1,0 +1,27 @@
+"""Pictures in: what a person gives (`given.py`), what the loop starts from (`start.py`), and what is made of both:
+
+    pasted        the picture itself where the mask is black (`paste.py`)
+    extend        a larger canvas around a picture, and the mask of what is new
+    invert        the noise from which a picture is drawn again (`inversion.py`)
+    from_enlarged what is drawn once more at several times the size (`hires.py`)
+
+Img2img is SDEdit (Meng et al. 2021, arXiv:2108.01073); masks are blended in at each step as in RePaint and ldm
+(Lugmayr et al. 2022, arXiv:2201.09865), and grey ones step by step (Levin & Fried 2023, arXiv:2306.00950).
+"""
+
+from .given import Pictures, alpha_mask, extend, read_picture
+from .hires import from_enlarged
+from .paste import pasted
+from .start import Start, begin_from, beside
+
+__all__ = [
+    "Pictures",
+    "Start",
+    "alpha_mask",
+    "begin_from",
+    "beside",
+    "extend",
+    "from_enlarged",
+    "pasted",
+    "read_picture",
+]
