@@ -34,6 +34,19 @@ def test_readme(tmp_path, monkeypatch):
     assert Image.open("star.png").size == (128, 128)
 
 
+@pytest.mark.slow
+def test_pictures_in():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/pictures.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["wide"].size == (192, 160)
+    assert names["found"].error < 1
+    assert reader.read(names["star"]).caption().startswith("a red star to the left of a blue ring")
+    assert reader.read(names["cross"]).caption().startswith("a green cross to the left of a blue ring")
+    assert reader.read(names["square"]).caption().startswith("a red star to the left of a yellow square")
+
+
 def test_extending(monkeypatch):
     monkeypatch.setattr("sd.scheduler.SCHEDULERS", dict(sd.scheduler.SCHEDULERS))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)

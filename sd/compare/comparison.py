@@ -9,6 +9,7 @@ Everything is returned as plain data: see `Report`, `Row` and `Change`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import platform
@@ -37,8 +38,10 @@ from .report import Change, Report
 PROMPT = "a red star above a blue ring on a white background"
 WHAT = ("text", "unet", "vae", "schedulers")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
-COMPARED = ("pndm", "ddim", "lms")  # the solvers that have a row; the others are compared by the tests
-LMS_BOUND = 1e-7  # the least, if none is given: diffusers integrates LMS numerically, in float32; ours is exact
+# The least bounds, if none is given. diffusers integrates LMS numerically, where ours is exact; and it computes a step
+# of Euler and of DPM++ 2M in float32 whatever the latents are.
+LEAST = {"lms": 1e-7} | dict.fromkeys(["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde"], 1e-5)
+DRAWN = {"dpmpp_2m_sde": torch.float32}  # the dtype of fresh noise in diffusers, where it is not the latents'
 STEPS = 50  # of every scheduler
 
 
@@ -117,7 +120,8 @@ def compare_with_diffusers(
     if type(repeats) is not int or repeats < 0:
         raise CompareError(f"repeats must be a whole number of at least 0, not {repeats!r}.")
     usual = BOUNDS.get(model.dtype, 1e-2)
-    bound, lms_bound = (usual, max(usual, LMS_BOUND)) if bound is None else (bound, bound)
+    least = LEAST if bound is None else {}
+    bound = usual if bound is None else bound
     version = reference.diffusers().__version__
     read_weights(model.unet)
     read_weights(model.vae)
@@ -136,8 +140,9 @@ def compare_with_diffusers(
     if "vae" in what:
         report.rows += compare_vae(model, inputs, bound, repeats)
     if "schedulers" in what:
-        bounds = dict.fromkeys(COMPARED, bound) | {"lms": lms_bound}
-        report.rows += [compare_scheduler(name, inputs.latents, bounds[name]) for name in COMPARED]
+        latents = inputs.latents[:, : model.vae.config.z_channels]
+        for name in reference.CLASSES:
+            report.rows.append(compare_scheduler(name, latents, max(bound, least.get(name, 0.0))))
     return report
 
 
@@ -190,20 +195,33 @@ def compare_vae(model: StableDiffusion, inputs: Inputs, bound: float, repeats: i
 
 
 def compare_scheduler(name: str, start: Tensor, bound: float) -> Row:
-    """Every step of a scheduler; both get our latents and the noise that a stand-in for the UNet sees in them."""
+    """Every step of a scheduler; both get our latents and the noise that a stand-in for the UNet sees in them.
+
+    Both draw the same fresh noise, where they draw some.
+    """
     ours, theirs = make_scheduler(name, STEPS), reference.diffusers_scheduler(name)
     theirs.set_timesteps(STEPS)
+    if hasattr(theirs, "set_begin_index"):  # else it looks for the timestep, and takes the wrong one of two alike
+        theirs.set_begin_index(0)
     x, state = start * ours.init_noise_sigma, ours.init_state()
     worst, at, seconds = 0.0, 0, [0.0, 0.0]
-    if list(ours.timesteps) != theirs.timesteps.tolist():
+    here, there = (torch.Generator().manual_seed(0) for _ in range(2))
+    drawing = {"generator": there} if "generator" in inspect.signature(theirs.step).parameters else {}
+    wanted = theirs.timesteps.tolist()
+    if len(ours.timesteps) != len(wanted) or any(
+        abs(a - b) > 0.01 for a, b in zip(ours.timesteps, wanted, strict=True)
+    ):
         return Row(name, math.inf, bound, note="other timesteps")
     for i, t in enumerate(theirs.timesteps):
         seen, expected_seen = ours.scale_input(i, x), theirs.scale_model_input(x, t)
         noise = torch.sin(0.9 * seen + float(t) / 300)
+        fresh = None
+        if ours.draws(i):
+            fresh = torch.randn(x.shape, generator=here, dtype=DRAWN.get(name, x.dtype)).to(x.device)
         begin = time.perf_counter()
-        after, state = ours.step(i, noise, x, state)
+        after, state = ours.step(i, noise, x, state, variance_noise=fresh)
         middle = time.perf_counter()
-        expected = theirs.step(noise, t, x, return_dict=False)[0]
+        expected = theirs.step(noise, t, x, return_dict=False, **drawing)[0]
         seconds = [seconds[0] + middle - begin, seconds[1] + time.perf_counter() - middle]
         difference = max(relative(after, expected), relative(seen, expected_seen))
         if difference > worst:

@@ -6,7 +6,9 @@ is imported by the functions that need it.
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -158,15 +160,35 @@ def diffusers_vae(model: StableDiffusion) -> Any:
     return vae.eval()
 
 
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {  # of each solver, diffusers' class, and what it needs to be told
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+}
+
+
 def diffusers_scheduler(name: str) -> Any:
-    """diffusers' "pndm", "ddim" or "lms", with the settings of the v1-4 weights. Raises CompareError for others."""
-    if name not in ("pndm", "ddim", "lms"):
-        raise CompareError(f"There is no comparison of the scheduler {name!r} yet: there are pndm, ddim and lms.")
+    """diffusers' scheduler for one of `CLASSES`, as the v1-4 weights have it. Raises CompareError for others."""
+    if name not in CLASSES:
+        raise CompareError(f"There is no comparison of the scheduler {name!r}: choose among {', '.join(CLASSES)}.")
+    kind, own = CLASSES[name]
+    made = getattr(diffusers(), kind)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    pndm = diffusers().PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
-    if name == "ddim":
-        return diffusers().DDIMScheduler.from_config(pndm.config, clip_sample=False)
-    return diffusers().LMSDiscreteScheduler.from_config(pndm.config) if name == "lms" else pndm
+    known = inspect.signature(made.__init__).parameters
+    offset = {"steps_offset": 1} if "steps_offset" in known else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return made(**betas, **offset, **own)
 
 
 # ---- which part of diffusers' models does the work of which block of ours

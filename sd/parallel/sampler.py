@@ -168,7 +168,8 @@ class ParallelSampler(SimpleSampler):
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:
         """Of this rank's part of a request: its pictures, its half of guidance, its rows."""
-        assert isinstance(request, Portion)
+        if not isinstance(request, Portion):
+            raise ValueError("Ranks only draw together: for anything else, such as sd.invert, take sd.SimpleSampler.")
         split, place = request.split, request.split.place(world()[0])
         assert place is not None
         unet: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model.unet
