@@ -38,8 +38,8 @@ from .report import Change, Report
 PROMPT = "a red star above a blue ring on a white background"
 WHAT = ("text", "unet", "vae", "schedulers")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
-# The least bounds, if none is given. diffusers integrates LMS numerically, where ours is exact; and it computes a step
-# of Euler and of DPM++ 2M in float32 whatever the latents are.
+# The least bounds, if none is given. diffusers integrates LMS numerically, where ours is exact; and it computes the
+# steps of Euler and of DPM++ 2M in float32 whatever the latents are.
 LEAST = {"lms": 1e-7} | dict.fromkeys(["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde"], 1e-5)
 DRAWN = {"dpmpp_2m_sde": torch.float32}  # the dtype of fresh noise in diffusers, where it is not the latents'
 STEPS = 50  # of every scheduler
