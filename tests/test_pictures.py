@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from sd.pictures import alpha_mask, extend, from_enlarged, read_picture
 from sd.pictures.given import on_white
 from sd.pictures.inversion import step_back
 from sd.scheduler import SCHEDULERS
+from sd.study.page import study_page
 from tests.layouts import UNET, diffusers_unet, diffusers_vae
 from tests.test_sampler import pixels
 from tests.test_solvers import config, theirs_of
@@ -360,3 +363,37 @@ def test_pictures_are_enlarged_to_sizes_that_can_be_drawn():
     call = from_enlarged([noise_picture(64, 40)], 1.7)
     assert (call["width"], call["height"]) == (104, 64)
     assert call["image"][0].size == (104, 64)
+
+
+# ---- under the instruments
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_trace_begins_where_the_loop_does(tiny, inpainting, channels):
+    sampler = sd.SimpleSampler(tiny if channels == 4 else inpainting)
+    call = {"image": noise_picture(), "mask_image": square_mask(), "num_inference_steps": 6, "strength": 0.5}
+    with sd.study.attention_maps(sampler) as maps:
+        found = sd.study.trace(sampler, "red", **call, scheduler="ddim")
+    assert found.timesteps.tolist() == list(sd.make_scheduler("ddim", 6).timesteps[3:])
+    assert found.x.shape == (3, 1, 4, 8, 8)
+    assert torch.equal(found.latents, sampler("red", **call, scheduler="ddim", output_type="latent"))
+    assert maps.word("red").shape == (64, 64)
+    assert found.settings["strength"] == 0.5
+
+
+def test_an_edit_acts_in_the_steps_that_are_taken(tiny):
+    seen = []
+    call = {"image": noise_picture(), "num_inference_steps": 6, "strength": 0.5, "scheduler": "ddim"}
+    with sd.study.edit(tiny, {"middle_block": lambda out, at: seen.append(at.step)}):
+        sd.SimpleSampler(tiny)(PROMPT, **call)
+    assert seen == [0, 1, 2]
+
+
+def test_the_page_shows_the_picture_that_is_drawn(tiny):
+    call = {"image": noise_picture(), "mask_image": square_mask(), "num_inference_steps": 2}
+    page, found = study_page(sd.SimpleSampler(tiny), "red", **call)
+    assert len(found.timesteps) == 1
+    (drawn,) = sd.SimpleSampler(tiny)("red", **call)
+    file = io.BytesIO()
+    drawn.save(file, "PNG")
+    assert base64.b64encode(file.getvalue()).decode()[-200:] in page

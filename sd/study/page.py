@@ -56,7 +56,11 @@ def study_page(
     model = model_of(sampler)
     with attention_maps(model, heads=False, steps=True, cells=SIDE) as maps, _activations(model) as seen:
         record = trace(sampler, prompt, progress=progress, **call)
-    (picture,) = sampler.decode(record.latents.to(model.device))
+    latents = record.latents.to(model.device)
+    if call.get("mask_image") is None:
+        (picture,) = sampler.decode(latents)
+    else:  # pixels outside of the mask are put back
+        (picture,) = sampler.finish(latents, sampler.request(prompt, **call))
     height, width = record.settings["height"], record.settings["width"]
     parts = describe(model, height=height, width=width)
     uri = _uri(picture)

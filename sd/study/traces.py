@@ -147,7 +147,9 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
         if [len(told), len(away)] != [images, 0 if request.negative is None else images]:
             raise ValueError("This sampler's UNet sees only a part of the pictures: trace a SimpleSampler.")
         tensors = {
-            "x": heard[0][1][:images],
+            "x": heard[0][1][
+                :images, : step.latents.shape[1]
+            ],  # without what weights of 9 channels are told beside it
             "noise": step.noise.cpu(),
             "x0": step.denoised.cpu(),
             "noise_with": told,
@@ -182,8 +184,10 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
         "dtype": str(model.dtype).removeprefix("torch."),
         "version": __version__,
     }
+    if request.pictures is not None:
+        settings["strength"] = request.pictures.strength
     return Trace(
-        timesteps=torch.tensor(scheduler.timesteps, dtype=torch.float32),
+        timesteps=torch.tensor(request.timesteps, dtype=torch.float32),
         latents=latents,
         rgb=latent_rgb(model),
         settings=settings,
