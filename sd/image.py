@@ -61,6 +61,10 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Model hash": settings["model_hash"],
         "Model": Path(model).stem if model.endswith(("ckpt", "safetensors")) else model,
     }
+    if settings.get("image"):
+        fields["Denoising strength"] = settings.get("strength")
+    if settings.get("hires"):
+        fields |= {"Denoising strength": settings.get("hires_strength"), "Hires upscale": settings["hires"]}
     if settings.get("eta"):
         fields["Eta"] = settings["eta"]
     lines = [settings["prompt"]]

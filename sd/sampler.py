@@ -317,7 +317,7 @@ class SimpleSampler:
         pictures = None
         if image is not None:
             counts = len(context), num_images_per_prompt
-            pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts)
+            pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts, f)
             scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
         return Request(texts, context, negative, guidance_scale, height, width, seeds, scheduler, latents, pictures)
 
@@ -357,6 +357,7 @@ class SimpleSampler:
         """(1, 3, H, W) in [-1, 1] -> mean and standard deviation of its latents, for the UNet."""
         self.model.check_file()
         mean, logvar = self.model.vae.moments(image.to(*computes_in(self.model.vae)))
+        finite(mean, "VAE's encoder", f"{FLOAT32}, or model.vae.float() for the VAE alone")
         like = self.model.device, self.model.dtype
         return mean.to(*like), torch.exp(0.5 * logvar).to(*like)
 

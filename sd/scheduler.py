@@ -70,7 +70,8 @@ class PNDM(AlongX):
         return self._visited[:2] + self._visited[1:]
 
     def begin(self, strength: float) -> int:
-        # From the second timestep on: its first mention is step 0 taken again, which there is not.
+        # diffusers' timestep, so a step more than the share says: the second timestep stands twice. Of these two, the
+        # first would take step 0 again, which there is not.
         i = super().begin(strength)
         return 2 if i == 1 else i
 

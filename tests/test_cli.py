@@ -435,3 +435,28 @@ def test_pictures_that_cannot_be_used(tmp_path, monkeypatch, capsys, options, sa
     assert main(["a red star", "-o", "a.png", "--steps", "2", *options]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_that_is_drawn_over_itself(tmp_path, monkeypatch):
+    """The image is read once: the second picture is drawn from it, not from the first."""
+    monkeypatch.chdir(tmp_path)
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    picture.save("a-1.png")
+    quick = ["--steps", "2", "--quiet", "--force"]
+    assert main(["a red star", "--image", "a-1.png", "-o", "a.png", "--count", "2", *quick]) == 0
+    picture.save("b.png")
+    assert main(["a red star", "--image", "b.png", "-o", "c.png", "--seed", "1", *quick]) == 0
+    assert Image.open("a-2.png").tobytes() == Image.open("c.png").tobytes()
+
+
+def test_what_is_given_takes_the_place_of_what_a_picture_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "white").save("w.png")
+    Image.new("L", (64, 64), 255).save("m.png")
+    quick = ["--steps", "2", "--quiet", "--force"]
+    assert main(["a red star", "--image", "w.png", "--extend", "right=32", "-o", "a.png", *quick]) == 0
+    assert main(["--again", "a.png", "--image", "w.png", "--extend", "left=8", "-o", "b.png", *quick]) == 0
+    assert Image.open("b.png").size == (72, 64)
+    assert main(["--again", "a.png", "--image", "w.png", "--mask", "m.png", "-o", "c.png", *quick]) == 0
+    assert Image.open("c.png").size == (64, 64)
+    assert "Denoising strength" in Image.open("c.png").text["parameters"]

@@ -109,3 +109,12 @@ def test_training_by_graphs_is_training(tmp_path):
         fit("net", net, batch_of, loss_of, run, {"steps": 40, "lr": 1e-2})
         results.append(torch.cat([p.flatten() for p in net.parameters()]))
     assert (results[0] - results[1]).abs().max() < 1e-5
+
+
+def test_pictures_in(exact_products):
+    ramp = torch.linspace(0, 1, 128)
+    call = CALL | {"image": ramp.expand(1, 3, 128, 128), "mask_image": (ramp > 0.5).float().expand(1, 1, 128, 128)}
+    here = sd.SimpleSampler(sd.load("shapes"))(PROMPT, **call)
+    for kind in (sd.SimpleSampler, sd.LeanSampler):
+        there = kind(sd.load("shapes", device="cuda", dtype=torch.float32))(PROMPT, **call)
+        assert (here - there.cpu()).abs().max() < 0.02

@@ -218,6 +218,28 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     picture.save(tmp_path / "a.jpg", exif=exif)
     assert read_picture(tmp_path / "a.jpg").size == (8, 16)
+    picture.save(tmp_path / "b.jpg", exif=b"Exif\0\0garbage that is no header")
+    assert read_picture(tmp_path / "b.jpg").size == (16, 8)  # nobody knows which side is up
+    (tmp_path / "c.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"c\.jpg cannot be read"):
+        read_picture(tmp_path / "c.jpg")
+
+
+def test_arrays_are_pictures_too(tiny):
+    picture = noise_picture()
+    call = {"num_inference_steps": 2, "strength": 0.5}
+    expected = pixels(sd.SimpleSampler(tiny)(PROMPT, image=picture, **call))
+    for array in (np.asarray(picture), np.asarray(picture) / 255):
+        assert np.array_equal(pixels(sd.SimpleSampler(tiny)(PROMPT, image=array, **call)), expected)
+    mask = Image.fromarray(np.asarray(square_mask()).astype(np.int32))  # mode I, and yet of 8 bits
+    assert np.asarray(on_white(mask)).max() == 255
+
+
+def test_a_vae_that_overflows_is_named(tiny):
+    model = random_model()
+    model.vae.quant_conv.bias.data.fill_(float("nan"))
+    with pytest.raises(sd.NotFiniteError, match="VAE's encoder returned NaN"):
+        sd.SimpleSampler(model)(PROMPT, image=noise_picture(), num_inference_steps=2)
 
 
 def test_sizes_that_do_not_fit(tiny):
@@ -285,6 +307,14 @@ def test_a_larger_canvas(tiny):
         ({"image": [noise_picture()] * 3}, "image has 3 pictures for 1 prompts"),
         ({"image": []}, "empty list"),
         ({"image": 5}, "image must be a picture"),
+        ({"image": [[noise_picture()]]}, "list of lists|must be a picture"),
+        ({"image": [noise_picture(64, 64), noise_picture(96, 64)]}, r"several sizes \(64 x 64 and 96 x 64\)"),
+        ({"image": np.zeros((4, 4, 4, 4), np.uint8)}, "as an array must be"),
+        ({"image": np.full((8, 8, 3), 7.0)}, "values from 0 to 1"),
+        (
+            {"image": noise_picture(), "mask_image": square_mask(box=(1, 1, 8, 8))},
+            "between the cells of 8 x 8 pixels",
+        ),
         ({"image": "nowhere.png"}, "cannot be read: No such file"),
         ({"image": __file__}, "is no picture"),
         ({"image": torch.zeros(1, 3, 60, 64)}, r"of shape \(images, 3, 56, 64\)"),
@@ -337,7 +367,14 @@ def test_a_step_back_is_undone_by_a_step():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rounds": 0}, "rounds must be"), ({"prompt": ["a", "b"]}, "One picture"), ({"image": 3}, "must be a picture")],
+    [
+        ({"rounds": 0}, "rounds must be"),
+        ({"prompt": ["a", "b"]}, "One picture"),
+        ({"image": 3}, "must be a picture"),
+        ({"eta": 0.5}, "takes no argument eta"),
+        ({"scheduler": "euler"}, "takes no argument scheduler"),
+        ({"mask_image": square_mask()}, "takes no argument mask_image"),
+    ],
 )
 def test_what_cannot_be_inverted(tiny, options, message):
     call = {"image": noise_picture(), "prompt": PROMPT} | options

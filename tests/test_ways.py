@@ -45,8 +45,21 @@ def texts(way, model):
 
 
 def solvers(way, model):
-    for name in ("pndm", "ddim", "lms"):
+    for name in ("pndm", "ddim", "lms", "euler_a", "dpmpp_2m", "dpmpp_sde", "unipc"):
         assert torch.isfinite(sampler_of(way, model)(["a star", "a ring"], scheduler=name, **CALL)).all()
+
+
+def pictures_in(way, model):
+    x = torch.linspace(0, 1, 64)
+    picture, mask = x.expand(2, 3, 64, 64), (x > 0.5).float().expand(1, 1, 64, 64)
+    call = CALL | {"image": picture, "mask_image": mask, "num_inference_steps": 3}
+    latents = sampler_of(way, model)(["a star", "a ring"], **call)
+    wanted = sd.SimpleSampler(model)(["a star", "a ring"], **call)
+    torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+
+
+def invert(way, model):
+    sd.invert(sampler_of(way, model), torch.rand(1, 3, 64, 64), "a star", num_inference_steps=2)
 
 
 def stream(way, model):
@@ -83,7 +96,9 @@ def gradients(way, model):
 
 FEATURES = {
     "prompts, negative prompts, embeddings": texts,
-    "PNDM, DDIM, LMS": solvers,
+    "every solver": solvers,
+    "pictures in, masks, weights of 9 channels": pictures_in,
+    "`sd.invert`": invert,
     "`stream`, step by step": stream,
     "a model that `sd.fast` made": fast_model,
     "`sd.study.edit`": edit,

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def fit(
     take_step = stepper(module, loss_of, recipe["lr"], run.autocast, run.graphs)
     if saved := read_checkpoint(path, recipe, run.device):
         module.load_state_dict(saved["module"])
-        take_step.optimizer.load_state_dict(saved["optimizer"])
+        take_step.load(saved["optimizer"])
         start = saved["step"]
         if average is not None:
             average.load_state_dict(saved["average"])
@@ -132,7 +131,7 @@ def fit(
     bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10)
     saved_at, logged_at, at = time.time(), time.time(), start
     mean = torch.tensor(0.0, device=run.device)
-    with torch.cuda.stream(take_step.stream) if graphed else nullcontext():
+    with take_step.place():
         for step in bar:
             torch.manual_seed(step)  # a resumed run draws what an unbroken one would have drawn
             loss = take_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,16 @@ class Eager:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def load(self, state: dict) -> None:
+        """Go on with an optimizer's state, whichever way its steps were taken."""
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = isinstance(self, Graphed)
+
+    def place(self) -> AbstractContextManager:
+        """Where steps are to be taken."""
+        return nullcontext()
+
     def compute(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad()
         with self.autocast():
@@ -52,16 +62,19 @@ class Graphed(Eager):
     """The same, captured after some eager steps and replayed: once for each shape of a batch.
 
     A small model's step is hundreds of kernels of microseconds, and launching them one by one takes longer than
-    computing them. To be called within `torch.cuda.stream(stream)`.
+    computing them.
     """
 
     def __init__(self, module: nn.Module, *args, **kwargs):
         super().__init__(module, *args, **kwargs, capturable=True)
         self.rate = torch.zeros((), device=self.parameters[0].device)
         self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
         self.seen: dict[tuple[torch.Size, ...], int] = {}
         self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+
+    def place(self) -> AbstractContextManager:
+        self.stream.wait_stream(torch.cuda.current_stream())  # for the weights that a checkpoint held
+        return torch.cuda.stream(self.stream)
 
     def set_rate(self, lr: float) -> None:
         self.rate.fill_(lr)

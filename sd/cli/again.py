@@ -111,8 +111,7 @@ def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"({printable(repr(value), 60)})."
             )
     given_pictures.asked_for(picture, found, given)
-    if "image" in given and "image" not in found:  # sizes are then those of the picture
-        found = {key: value for key, value in found.items() if key not in ("height", "width")}
+    found = given_pictures.displaced(found, given)
     if "model" not in given:
         refuse_strangers(picture, found)
     elif last_part(str(given["model"])) == last_part(found.get("model", "shapes")):

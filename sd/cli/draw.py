@@ -85,7 +85,6 @@ def run(arguments: Sequence[str]) -> int:
         parser().print_help()
         return 2
     drawing = settle(parser().parse(arguments))
-    given_pictures.arguments(drawing)  # what is wrong with the pictures is said before a model is loaded
     leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
     if not leads:
         warnings.showwarning = lambda *_: None  # rank 0 says it

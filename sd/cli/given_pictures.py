@@ -24,7 +24,7 @@ def arguments(drawing: Drawing) -> dict[str, Any]:
         raise CommandError(f"--hires must be a number above 1, to 8, not {drawing.hires:g}.")
     if drawing.image is None:
         for name in NEED:
-            if getattr(drawing, name) not in (None, True):
+            if (value := getattr(drawing, name)) is not None and value is not True:
                 option = "--no-paste" if name == "paste" else f"--{name}"
                 raise CommandError(f"{option} is about a picture, and there is none: give one with --image.")
         return {}
@@ -42,6 +42,7 @@ def arguments(drawing: Drawing) -> dict[str, Any]:
         strength = 1.0 if strength is None else strength  # there is nothing to keep in the border
     elif drawing.mask == ALPHA:
         result["mask_image"] = alpha_mask(picture)
+        strength = 1.0 if strength is None else strength  # nor in a hole
     elif drawing.mask:
         result["mask_image"] = read_picture(drawing.mask, "mask_image")
     if strength is not None:
@@ -81,12 +82,25 @@ def asked_for(picture: str, found: Mapping[str, Any], given: Mapping[str, Any]) 
         )
 
 
+def displaced(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a picture, without those that what is given takes the place of."""
+    gone: set[str] = set()
+    if "extend" in given:
+        gone |= {"mask", "mask_digest", "strength"}
+    if "mask" in given:
+        gone |= {"extend"}
+    other = "image" in given and digest_of(given["image"]) != found.get("image_digest")
+    if other or "extend" in given or ("mask" in given and found.get("extend")):
+        gone |= {"height", "width"}  # the size is that of what is drawn from
+    return {key: value for key, value in found.items() if key not in gone}
+
+
 def others(drawing: Drawing) -> list[str]:
     """Sentences, where the pictures are not those that the picture to be drawn again was drawn from."""
     found = []
     for name in ("image", "mask"):
         was, file = getattr(drawing, f"{name}_digest"), getattr(drawing, name)
-        if was and file and file != ALPHA and digest_of(file) != was:
+        if was and file and file != ALPHA and (drawing.told or {}).get(f"{name}_digest") != was:
             found.append(
                 f"{drawing.again} was drawn from another {name} than {file}, so this picture will differ: its digest "
                 f"was {was}."

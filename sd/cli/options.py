@@ -198,11 +198,11 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--image", metavar="FILE", help="A picture to draw from. It says the size, too, unless --height and --width "
         "do: then it is scaled to cover them, and cut.")  # fmt: skip
     add("--strength", type=number, metavar="S", help="How much is drawn anew, above 0, to 1. Default: 0.8; 1 with "
-        "--extend.")  # fmt: skip
+        "--extend and --mask alpha.")  # fmt: skip
     add("--mask", metavar="FILE", help="A picture of the same size: what is white is drawn anew, black stays, grey "
         "is in between. The word alpha stands for what is transparent in the image.")  # fmt: skip
-    add("--no-paste", dest="paste", action="store_false", help="Do not put the image itself back where the mask is "
-        "black.")  # fmt: skip
+    add("--paste", action=argparse.BooleanOptionalAction, help="Whether the image itself is put back where the mask "
+        "is black. Default: it is.")  # fmt: skip
     add("--extend", type=sides, metavar="SIDES", help="Draw on beyond the edges of the image, for example "
         "left=128,top=64, in pixels.")  # fmt: skip
     add = parser.add_argument_group("with which model, and where it runs").add_argument

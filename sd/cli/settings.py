@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..model import StableDiffusion
     from ..sampler import SimpleSampler
 
+HIRES_STRENGTH = 0.75  # as in sd/pictures/hires.py, which is not imported where it is not needed
 LARGE = 100_000_000  # parameters of a UNet from which on sd.fast pays; with fewer it is no faster
 
 
@@ -47,6 +48,8 @@ class Drawing:
     hires: float | None = None
     image_digest: str | None = None  # of what the picture to be drawn again was drawn from
     mask_digest: str | None = None
+    given: Mapping[str, Any] | None = None  # what was read of the files: arguments of a sampler
+    told: Mapping[str, Any] | None = None  # and what the drawn picture says of them
     # With which model.
     model: str = "shapes"
     revision: str | None = None
@@ -77,7 +80,7 @@ class Drawing:
     def call(self) -> dict[str, Any]:
         """The arguments of a sampler, but for the prompt, the seed, and what is left to the model."""
         names = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "eta")
-        return {n: value for n in names if (value := getattr(self, n)) is not None} | given_pictures.arguments(self)
+        return {n: value for n in names if (value := getattr(self, n)) is not None} | dict(self.given or {})
 
     @property
     def fast(self) -> bool:
@@ -103,7 +106,8 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     last = drawing.seed + drawing.count - 1
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
         raise CommandError(f"--seed {drawing.seed} leaves no seeds for --count {drawing.count}: give a smaller one.")
-    return drawing
+    given_here = given_pictures.arguments(drawing)  # read now, and once: they may be written over by what is drawn
+    return replace(drawing, given=given_here, told=given_pictures.told(drawing))
 
 
 def config_in(path: str) -> Mapping[str, Any]:
@@ -125,9 +129,11 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
     from .. import __version__
     from ..scheduler import scheduler_name
 
-    asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES} | given_pictures.told(drawing)
+    asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES} | dict(drawing.told or {})
     if request.pictures is not None:
         asked["strength"] = request.pictures.strength
+    if drawing.hires:
+        asked["hires_strength"] = HIRES_STRENGTH
     return asked | {
         "num_inference_steps": request.scheduler.num_inference_steps,
         "guidance_scale": request.guidance_scale,

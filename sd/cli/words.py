@@ -53,6 +53,7 @@ def sentence(error: BaseException) -> str:
     text = " ".join(str(error).split("\n"))
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
     text = re.sub(r"\w+=\S* \((--[^()]+)\)", r"\1", text)  # "dtype=torch.float32 (--dtype float32)" is for both
+    text = re.sub(r"^mask_image (\S+) cannot be read", r"--mask \1 cannot be read", text)
     name = re.match(r"(\w+) (must|cannot) be ", text)
     if name and name[1] in OPTIONS:
         option = OPTIONS[name[1]]

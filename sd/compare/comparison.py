@@ -108,8 +108,8 @@ def compare_with_diffusers(
     model    in the dtype and on the device to compare in; float64 shows the smallest faults
     size     of the picture, in pixels along an edge; the model's own if not given
     what     which of "text", "unet", "vae", "schedulers"
-    bound    largest difference that passes; if not given, 1e-10 in float64 (1e-7 for LMS), 1e-5 in float32, 1e-2
-             in half precision
+    bound    largest difference that passes; if not given, 1e-10 in float64 (more for the solvers in `LEAST`), 1e-5 in
+             float32, 1e-2 in half precision
     repeats  how often each block is timed
 
     diffusers' models get the very same weights, in the same memory. Raises CompareError, a ValueError, for
@@ -181,7 +181,7 @@ def compare_unet(model: StableDiffusion, inputs: Inputs, context: Tensor, bound:
 
 def compare_vae(model: StableDiffusion, inputs: Inputs, bound: float, repeats: int) -> list[Row]:
     vae, theirs = model.vae, reference.diffusers_vae(model)
-    latent, scale = inputs.latents[:1], model.vae.config.scale_factor
+    latent, scale = inputs.latents[:1, : vae.config.z_channels], vae.config.scale_factor
     calls: tuple[tuple[Callable[[], Tensor], Callable[[], Tensor]], ...] = (
         (partial(_mean, vae, inputs.image), lambda: theirs.encode(inputs.image).latent_dist.mean),
         (partial(vae.decode, latent), lambda: theirs.decode(latent / scale, return_dict=False)[0]),
@@ -377,7 +377,7 @@ def compare_outputs(
     vaes = [model.vae for model in (a, b)]
     encoders, decoders = zip(*(vae_blocks(vae) for vae in vaes), strict=True)
     blocks("vae.encoder", encoders, [partial(_mean, v, inputs.image) for v in vaes])
-    blocks("vae.decoder", decoders, [partial(v.decode, inputs.latents[:1]) for v in vaes])
+    blocks("vae.decoder", decoders, [partial(v.decode, inputs.latents[:1, : v.config.z_channels]) for v in vaes])
     return rows
 
 

@@ -136,20 +136,22 @@ class LeanSampler(SimpleSampler):
         return finished(result, output_type)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        with self.vae_by_bands(image.shape[2], image.shape[3], 1) as (vae, bands, place):
+        with self.vae_by_bands(image.shape[2], image.shape[3], 1, encode=True) as (vae, bands, place):
             mean, logvar = bands.encode(vae, image.to(*place))
         like = self.model.device, self.model.dtype
         return mean.to(*like), torch.exp(0.5 * logvar).to(*like)
 
     @contextmanager
     def vae_by_bands(
-        self, height: int, width: int, images: int
+        self, height: int, width: int, images: int, *, encode: bool = False
     ) -> Iterator[tuple[VAE, Bands, tuple[torch.device, torch.dtype]]]:
         """A VAE whose weights are read as they are needed, the bands that fit, and where and in what it computes."""
         trim()
         place = computes_in(self.model.vae)  # may differ from the UNet's
         job = self.job(height, width, images, guidance=False, steps=1)
-        plan = choose_bands(least(replace(job, itemsize=place[1].itemsize)), self.available())
+        plan = least(replace(job, itemsize=place[1].itemsize))
+        if not encode:  # the choices of a plan are those of the decoder's blocks
+            plan = choose_bands(plan, self.available())
         weights = Weights(place[1], place[0])
 
         def ready(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -205,7 +207,7 @@ class LeanUNet:
         with at_rest(unet):  # another thread may draw with it for the first time
             self.unet = copy_of(unet, self.ops)
         self.images = len(contexts[0])
-        timesteps = torch.tensor(request.scheduler.timesteps, dtype=torch.float32, device=weights.device).unique()
+        timesteps = torch.tensor(request.timesteps, dtype=torch.float32, device=weights.device).unique()
         self.row = {t: i for i, t in enumerate(timesteps.tolist())}
         self.now, self.rows = 0, slice(0)  # of the call under way: its timestep, and its rows of the contexts
 

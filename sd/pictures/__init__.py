@@ -2,7 +2,7 @@
 
     pasted        the picture itself where the mask is black (`paste.py`)
     extend        a larger canvas around a picture, and the mask of what is new
-    invert        the noise from which a picture is drawn again (`inversion.py`)
+    inversion.py  has `sd.invert`: the noise from which a picture is drawn again
     from_enlarged what is drawn once more at several times the size (`hires.py`)
 
 Img2img is SDEdit (Meng et al. 2021, arXiv:2108.01073); masks are blended in at each step as in RePaint and ldm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ..image import from_pil
 
-Given = Image.Image | str | os.PathLike[str] | Tensor
-NEARLY = 5 / 255  # of black or white: what JPEG makes of a mask is meant to be black or white
+Given = Image.Image | str | os.PathLike[str] | np.ndarray | Tensor
+NEARLY = 5.01 / 255  # of black or white: what JPEG makes of a mask is meant to be black or white
 MAX_PIXELS = 1 << 28  # of a file that is opened: 16384 x 16384
 
 
@@ -60,24 +61,54 @@ def read_picture(given: Given, name: str = "image") -> Image.Image:
             with Image.open(path) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise ValueError(f"{file.width} x {file.height} pixels are too many")
-                file.load()
                 given = file.copy()
         except Image.UnidentifiedImageError:
             raise ValueError(f"{name} {path} is no picture: give a PNG, a JPEG, or the like.") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+        except Image.DecompressionBombError:
+            raise ValueError(f"{name} {path} has too many pixels: give a smaller picture.") from None
+        except (OSError, ValueError, SyntaxError) as error:
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise ValueError(f"{name} {path} cannot be read: {reason}.") from None
+    if isinstance(given, np.ndarray):
+        given = from_array(given, name)
     if not isinstance(given, Image.Image):
         raise ValueError(f"{name} must be a picture, or a path of one, not {reprlib.repr(given)}.")
     if not given.width or not given.height:
         raise ValueError(f"{name} has no pixels: it is {given.width} x {given.height}.")
-    return ImageOps.exif_transpose(given)
+    try:
+        return ImageOps.exif_transpose(given)
+    except OSError as error:  # of a file that is only read now
+        raise ValueError(f"{name} cannot be read: {error}.") from None
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return given  # what its EXIF says of the orientation cannot be read
+
+
+def from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    """NumPy's pixels, (H, W, 3), (H, W, 4) or (H, W), as a picture: bytes, or numbers from 0 to 1."""
+    if (
+        pixels.ndim not in (2, 3)
+        or pixels.dtype.kind not in "uf"
+        or (pixels.dtype.kind == "u" and pixels.itemsize > 1)
+    ):
+        raise ValueError(
+            f"{name} as an array must be (H, W, 3) or (H, W) of uint8, not {pixels.dtype} {pixels.shape}."
+        )
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+            raise ValueError(f"{name} as an array of floating-point numbers must have values from 0 to 1.")
+        pixels = (pixels * 255).round().astype(np.uint8)
+    try:
+        return Image.fromarray(pixels)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} as an array must be (H, W, 3) or (H, W), not {pixels.shape}.") from None
 
 
 def to_eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey of 16 bits as grey of 8; everything else as it is."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
+        if image.mode == "I" and grey.max() <= 255:  # 8 bits, in numbers of 32
+            return Image.fromarray(grey.clip(0).astype(np.uint8))
         return Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode == "F":
         raise ValueError(f"{name} has floating-point pixels, whose range nobody knows: convert it to 8 bits.")
@@ -125,13 +156,15 @@ def fitted(image: Image.Image, width: int, height: int, resample: Image.Resampli
 
 def size_of(given: Any, factor: int) -> tuple[int, int]:
     """(width, height) that a picture is drawn at if no size is asked for: its own, cut to multiples of `factor`."""
-    first = given[0] if isinstance(given, (list, tuple)) and given else given
-    if isinstance(first, (list, tuple)):
+    sizes = {size_of_one(one) for one in (given if isinstance(given, (list, tuple)) else [given])}
+    if not sizes:
         raise ValueError("image is an empty list: give a picture, or leave it out.")
-    if isinstance(first, Tensor):
-        width, height = (first.shape[-1], first.shape[-2]) if first.ndim >= 2 else (0, 0)
-    else:
-        width, height = read_picture(first).size
+    if len(sizes) > 1:
+        several = " and ".join(f"{width} x {height}" for width, height in sorted(sizes)[:2])
+        raise ValueError(
+            f"The pictures have several sizes ({several}): give height and width, to which they are cut."
+        )
+    width, height = sizes.pop()
     return width // factor * factor, height // factor * factor
 
 
@@ -145,8 +178,12 @@ def pictures_in(
     strength: float,
     paste: bool,
     counts: tuple[int, int],
+    factor: int = 8,
 ) -> Pictures:
-    """Check what a call is given. size: (width, height); counts: of images, and of those that share a prompt."""
+    """Check what a call is given.
+
+    size: (width, height); counts: of images, and of those that share a prompt; factor: pixels along a latent's edge.
+    """
     (width, height), (images, per_prompt) = size, counts
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
         raise ValueError(f"strength must be a number above 0, to 1, not {strength!r}.")
@@ -159,9 +196,14 @@ def pictures_in(
         mask = as_tensors(mask_image, "mask_image", width, height, like=image)
         if len(mask) not in (1, len(tensors)):
             raise ValueError(f"There are {len(mask)} masks for {len(tensors)} pictures: give one, or one for each.")
-        mask = torch.where(mask > 1 - NEARLY, 1.0, torch.where(mask < NEARLY, 0.0, mask))
+        mask = torch.where(mask >= 1 - NEARLY, 1.0, torch.where(mask <= NEARLY, 0.0, mask))
         if not (mask > 0).flatten(1).any(1).all():
             raise ValueError("mask_image is all black, so nothing would be drawn: what is white is drawn anew.")
+        if not (mask[..., ::factor, ::factor] > 0).flatten(1).any(1).all():
+            raise ValueError(
+                f"The white of mask_image lies between the cells of {factor} x {factor} pixels that are drawn, so "
+                "nothing would be: make it larger."
+            )
     return Pictures(tensors, mask, which, float(strength), bool(paste))
 
 
@@ -182,6 +224,8 @@ def as_tensors(given: Any, name: str, width: int, height: int, like: Any = None)
     if isinstance(given, Tensor):
         return checked_tensors(given, name, channels, width, height)
     if isinstance(given, (list, tuple)):
+        if any(isinstance(one, (list, tuple)) for one in given):
+            raise ValueError(f"{name} is a list of lists: give a list of pictures.")
         if not given:
             raise ValueError(f"{name} is an empty list: give a picture, or leave it out.")
         pictures = list(given)
@@ -202,7 +246,9 @@ def as_tensors(given: Any, name: str, width: int, height: int, like: Any = None)
 
 
 def size_of_one(picture: Given) -> tuple[int, int]:
-    return (picture.shape[-1], picture.shape[-2]) if isinstance(picture, Tensor) else read_picture(picture).size
+    if isinstance(picture, Tensor):
+        return (picture.shape[-1], picture.shape[-2]) if picture.ndim >= 2 else (0, 0)
+    return read_picture(picture).size
 
 
 def checked_tensors(given: Tensor, name: str, channels: int, width: int, height: int) -> Tensor:
@@ -228,6 +274,7 @@ def extend(
     mask reaches 8 pixels into the picture, so that the seam can be drawn over. Raises ValueError.
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    sides = {side: int(n) if isinstance(n, np.integer) else n for side, n in sides.items()}
     for side, pixels in sides.items():
         if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= 8192:
             raise ValueError(f"{side} must be a whole number of pixels from 0 to 8192, not {pixels!r}.")
@@ -237,6 +284,7 @@ def extend(
     canvas = np.pad(picture, ((top, bottom), (left, right), (0, 0)), mode="edge")
     mask = np.full(canvas.shape[:2], 255, dtype=np.uint8)
     overlap = {side: min(8, pixels) for side, pixels in sides.items()}
+    left, right, top, bottom = sides.values()
     height, width = picture.shape[:2]
     mask[
         top + overlap["top"] : top + height - overlap["bottom"],

@@ -58,15 +58,16 @@ def invert(
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 100:
         raise ValueError(f"rounds must be a whole number from 1 to 100, not {rounds!r}.")
+    for name in ("scheduler", "strength", "eta", "mask_image", "latents", "num_images_per_prompt"):
+        if name in call:
+            raise ValueError(f"sd.invert takes no argument {name}: it takes all steps of ddim back, of one picture.")
+    if sampler.model.unet.config.in_channels != 4:
+        raise ValueError("Weights for inpainting are told a mask, too: invert with weights of 4 channels.")
     fixed = {"scheduler": "ddim", "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     with torch.no_grad():
         request = sampler.request(prompt, image=image, strength=1.0, **fixed, **call)
     if len(request.context) != 1:
         raise ValueError("One picture is inverted at a time: give one prompt.")
-    if sampler.model.unet.config.in_channels != 4:
-        raise ValueError(
-            "Weights for inpainting are told a mask beside the picture: invert with weights of 4 channels."
-        )
     pictures, scheduler = request.pictures, request.scheduler
     steps = range(len(scheduler.timesteps) - 1, -1, -1)
     with torch.no_grad():
