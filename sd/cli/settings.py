@@ -107,7 +107,7 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
         raise CommandError(f"--seed {drawing.seed} leaves no seeds for --count {drawing.count}: give a smaller one.")
     given_here = given_pictures.arguments(drawing)  # read now, and once: they may be written over by what is drawn
-    return replace(drawing, given=given_here, told=given_pictures.told(drawing))
+    return replace(drawing, given=given_here, told=given_pictures.told(drawing)) if given_here else drawing
 
 
 def config_in(path: str) -> Mapping[str, Any]:

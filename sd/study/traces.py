@@ -115,8 +115,8 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
 
     progress: `tqdm`, or what is called like it, progress(steps, total=...), and gives the steps one by one.
 
-    The tensors are the sampler's own, to the last bit; `sampler.decode(trace.latents)` is its picture, as
-    it is before a mask is pasted. Memory: five latents a step and picture, 0.3 MB at 512 x 512. Raises ValueError as the sampler does.
+    The tensors are the sampler's own, to the last bit; `sampler.decode(trace.latents)` is its picture, before a mask
+    is pasted. Memory: five latents a step and picture, 0.3 MB at 512 x 512. Raises ValueError as the sampler does.
     """
     model = model_of(sampler)
     request = sampler.request(prompt, **call)
