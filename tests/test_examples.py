@@ -131,8 +131,8 @@ def test_every_word_is_one_token():
 def test_the_trainer_trains_and_resumes(tmp_path):
     """All stages, stopped after the second one and then gone on with; the result can be packed and drawn with."""
     script, out = ROOT / "examples" / "shapes" / "train.py", tmp_path / "run"
-    small = ["--out", out, "--text-steps", 2, "--vae-steps", 2, "--vae-batch", 2, "--latents", 64]
-    small += ["--unet-batch", 4, "--threads", 1, "--no-bfloat16"]
+    small = ["--out", out, "--text-steps", 2, "--vae-steps", 2, "--vae-batch", 2, "--vae-scenes", 20]
+    small += ["--unet-scenes", 64, "--unet-batch", 4, "--threads", 1, "--no-bfloat16"]
     nothing = run(script, *small, "--unet-steps", 0, cwd=tmp_path)
     assert "float32 on" in nothing.stdout
     run(script, *small, "--unet-steps", 2, cwd=tmp_path)

@@ -68,7 +68,7 @@ FILES = {
     "an empty tensor": (lambda t: t | {f"{UNET}out.2.bias": torch.zeros(0)}, False),
     "a scalar": (lambda t: t | {FIRST: torch.zeros(())}, False),
     "no channels": (lambda t: t | {FIRST: torch.zeros(0, 4, 3, 3)}, False),
-    "inpainting": (lambda t: t | {FIRST: torch.zeros(len(t[FIRST]), 9, 3, 3)}, False),
+    "inpainting": (lambda t: t | {FIRST: torch.zeros(len(t[FIRST]), 9, 3, 3)}, True),
     "SD 2": (lambda t: renamed(t, (TEXT, "cond_stage_model.model.")), False),
     "SDXL": (lambda t: t | {f"{UNET}label_emb.0.0.weight": torch.zeros(2, 2)}, False),
     "ControlNet": (lambda t: {f"control_model.{n.removeprefix(UNET)}": v for n, v in t.items()}, False),
