@@ -178,7 +178,9 @@ def test_the_documentation_runs(tmp_path, monkeypatch):
     assert pictures["the other's end"][5, 5].max() < 60  # a black background
     covered = {name: (p.min(-1).values < 150).float().mean() for name, p in pictures.items()}
     assert covered["small"] < covered["half way to small"] < covered["as it is"]
-    assert differ("two objects", "in steps 10 to 19") < differ("two objects", "no guidance") / 2
+    green = {name: pictures[name][star][1] for name in pictures if name.startswith(("in steps", "no guidance"))}
+    assert green.pop("no guidance") > 100  # orange
+    assert max(green.values()) < 70  # red
 
 
 @pytest.mark.slow
@@ -198,7 +200,7 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     distance = {(name, n): float(d) for name, n, d in re.findall(r"(\w+) in (\d+) steps: (\S+)", out)}
     assert min((d, name) for (name, n), d in distance.items() if n == "10")[1] == "ddim"
     assert min((d, name) for (name, n), d in distance.items() if n == "20")[1] == "pndm"
-    assert "above the mask all is the same: True" in out
+    assert "above the mask nothing changed: True" in out
     x, y = map(int, re.search(r"at \((\d+), (\d+)\)", out).groups())
     assert max(abs(x - 64), abs(y - 64)) < 25
     assert Image.open("tour.png").size == (792, 396)
