@@ -117,7 +117,11 @@ def test_faults_between_blocks_show_in_the_whole(double, monkeypatch):
 @needs_diffusers
 def test_a_wrong_scheduler_is_found(double, monkeypatch):
     right = sd.PNDM.step
-    monkeypatch.setattr(sd.PNDM, "step", lambda self, i, n, x, s: right(self, i, n if i < 7 else 1.0001 * n, x, s))
+
+    def wrong(self, i, noise, x, state, **_):
+        return right(self, i, noise if i < 7 else 1.0001 * noise, x, state)
+
+    monkeypatch.setattr(sd.PNDM, "step", wrong)
     report = compare_with_diffusers(double, what=["schedulers"])
     assert report.first_over.name == "pndm"
     assert "worst at step" in report.first_over.note
