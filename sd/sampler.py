@@ -355,11 +355,15 @@ class SimpleSampler:
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(1, 3, H, W) in [-1, 1] -> mean and standard deviation of its latents, for the UNet."""
-        self.model.check_file()
-        mean, logvar = self.model.vae.moments(image.to(*computes_in(self.model.vae)))
+        mean, logvar = self.posterior(image)
         finite(mean, "VAE's encoder", f"{FLOAT32}, or model.vae.float() for the VAE alone")
         like = self.model.device, self.model.dtype
         return mean.to(*like), torch.exp(0.5 * logvar).to(*like)
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The same picture -> mean and log-variance, where and in what the VAE computes."""
+        self.model.check_file()
+        return self.model.vae.moments(image.to(*computes_in(self.model.vae)))
 
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:

@@ -122,30 +122,25 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return read
 
 
-def shares(text: str) -> dict[str, int]:
-    """image=2,guidance=2,rows=1"""
-    parts = [part.split("=") for part in text.split(",")]
-    try:
-        result = {name.strip(): int(count) for name, count in parts}
-    except ValueError:
-        result = {}
-    known = result.keys() <= {"image", "guidance", "rows"} and len(result) == len(parts)
-    if not known or min(result.values()) < 1:
-        raise argparse.ArgumentTypeError(f"must be like image=2,guidance=2,rows=1, not {repeated(text)}")
-    return result
+def numbers_of(*names: str, least: int, most: int, example: str) -> Callable[[str], dict[str, int]]:
+    """Whole numbers by name, such as image=2,rows=1: each of the names at most once, and not all of them 0."""
+
+    def read(text: str) -> dict[str, int]:
+        parts = [part.split("=") for part in text.split(",")]
+        try:
+            result = {name.strip(): int(number) for name, number in parts}
+        except ValueError:
+            result = {}
+        known = result.keys() <= set(names) and len(result) == len(parts)
+        if not known or not any(result.values()) or not all(least <= n <= most for n in result.values()):
+            raise argparse.ArgumentTypeError(f"must be like {example}, not {repeated(text)}")
+        return result
+
+    return read
 
 
-def sides(text: str) -> dict[str, int]:
-    """left=128,top=64"""
-    parts = [part.split("=") for part in text.split(",")]
-    try:
-        result = {name.strip(): int(pixels) for name, pixels in parts}
-    except ValueError:
-        result = {}
-    known = result.keys() <= {"left", "right", "top", "bottom"} and len(result) == len(parts)
-    if not known or not all(0 <= pixels <= 8192 for pixels in result.values()) or not any(result.values()):
-        raise argparse.ArgumentTypeError(f"must be like left=128,top=64, in pixels to 8192, not {repeated(text)}")
-    return result
+shares = numbers_of("image", "guidance", "rows", least=1, most=1_000_000, example="image=2,guidance=2,rows=1")
+sides = numbers_of("left", "right", "top", "bottom", least=0, most=8192, example="left=128,top=64, in pixels to 8192")
 
 
 # ---- options

@@ -135,11 +135,9 @@ class LeanSampler(SimpleSampler):
         del images
         return finished(result, output_type)
 
-    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         with self.vae_by_bands(image.shape[2], image.shape[3], 1, encode=True) as (vae, bands, place):
-            mean, logvar = bands.encode(vae, image.to(*place))
-        like = self.model.device, self.model.dtype
-        return mean.to(*like), torch.exp(0.5 * logvar).to(*like)
+            return bands.encode(vae, image.to(*place))
 
     @contextmanager
     def vae_by_bands(
