@@ -58,13 +58,11 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        "Denoising strength": settings.get("hires_strength") or settings.get("strength"),
+        "Hires upscale": settings.get("hires"),
         "Model hash": settings["model_hash"],
         "Model": Path(model).stem if model.endswith(("ckpt", "safetensors")) else model,
     }
-    if settings.get("image"):
-        fields["Denoising strength"] = settings.get("strength")
-    if settings.get("hires"):
-        fields |= {"Denoising strength": settings.get("hires_strength"), "Hires upscale": settings["hires"]}
     if settings.get("eta"):
         fields["Eta"] = settings["eta"]
     lines = [settings["prompt"]]
