@@ -105,7 +105,7 @@ def test_the_middle_with_a_memory_begins_at_first_order(tiny, scheduler):
     assert len(set(steps)) == len(steps)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 50])
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 48, 49, 50])
 def test_pndm_takes_no_step_twice_in_the_middle(count):
     made = sd.make_scheduler("pndm", 50)
     begin = made.begin(count / 50 + 1e-6)
