@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ import torch
 from .files import read_json
 from .model import StableDiffusion
 from .text import TextEncoder, Texts
-from .weights import hub, names
+from .weights import names
 from .weights.checkpoint import write_safetensors
 from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
-from .weights.tokenizer import check_added, clip_texts, read_tokenizer
+from .weights.tokenizer import check_added, find_texts, tokenizer_texts
 from .weights.unread import leave_in_file, tensors_of
 
 
@@ -150,34 +149,6 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
     return config
 
 
-# ---- the tokenizer
-
-
-def find_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts | Callable[[], Texts]:
-    """The texts of a tokenizer: of the folder given, else the source's; else how to get CLIP's."""
-    if folder is not None:
-        try:
-            if texts := read_tokenizer(Path(folder)):
-                return texts
-            reason = "no vocabulary is there"
-        except ValueError as error:
-            reason = str(error)
-        raise LoadError(
-            f"The tokenizer folder {folder} cannot be read ({reason}): give one with vocab.json and "
-            "merges.txt, or tokenizer.json, as tokenizer= (--tokenizer)."
-        )
-    return found.tokenizer or partial(clip_texts, found.name, token)
-
-
-def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts:
-    """The same, found at once. Raises LoadError where there is no tokenizer."""
-    texts = find_texts(found, folder, token)
-    try:
-        return texts() if callable(texts) else texts
-    except hub.HubError as error:
-        raise LoadError(str(error)) from None
-
-
 # ---- writing
 
 
@@ -218,7 +189,8 @@ def save(
     for name, tensor in model.text.stored().items():
         tensors[names.PREFIXES["text"] + name] = tensor
         types[names.PREFIXES["text"] + name] = dtype or model.text.dtype
-    write_safetensors(path, tensors, {"format": "pt", METADATA: json.dumps(ours)}, types, force=force)
+    header = {"format": "pt", METADATA: json.dumps(ours), "modelspec.prediction_type": model.defaults.prediction_type}
+    write_safetensors(path, tensors, header, types, force=force)
 
 
 def convert(

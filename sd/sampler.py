@@ -26,10 +26,10 @@ from .model import StableDiffusion
 from .pictures import Pictures, Start, begin_from, beside, pasted
 from .pictures.given import pictures_in, size_of
 from .prompts.arguments import check_embeddings, check_numbers, checked_size, plain, prompt_list, refuse_unknown
-from .scheduler import Scheduler, make_scheduler
+from .scheduler import Scheduler
 from .weights.unread import computes_in
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> the noise in x
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # x (B, 4, h, w), t (B,) -> what the model predicts for x
 Prompt = str | list[str] | Tensor
 
 FLOAT32 = "dtype=torch.float32 (--dtype float32)"  # the remedy for what is not finite
@@ -85,8 +85,8 @@ class Step:
     index: int  # 0, 1, ...
     timestep: float  # what the model was told
     latents: Tensor  # after this step
-    noise: Tensor  # predicted, guided
-    denoised: Tensor  # the clean latents that this prediction points to: for previews
+    noise: Tensor  # in the latents before it, by the guided prediction
+    denoised: Tensor  # the clean latents, by the same: for previews
 
 
 def with_text(unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor) -> Denoiser:
@@ -140,9 +140,10 @@ def denoise(
     for step, (i, timestep) in enumerate(list(enumerate(scheduler.timesteps))[begin:]):
         t = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
         with announced(run=run, images=images, size=size, step=step, timestep=timestep):
-            noise = denoiser(scheduler.scale_input(i, x), t)
-        denoised = scheduler.denoised(i, noise, x)
-        x, state = scheduler.step(i, noise, x, state, variance_noise=draw() if draw and scheduler.draws(i) else None)
+            prediction = denoiser(scheduler.scale_input(i, x), t)
+        noise, denoised = scheduler.noise(i, prediction, x), scheduler.denoised(i, prediction, x)
+        fresh = draw() if draw and scheduler.draws(i) else None
+        x, state = scheduler.step(i, prediction, x, state, variance_noise=fresh)
         if restore is not None:
             x = restore(i, x)
         yield Step(step, timestep, x, noise, denoised)
@@ -277,11 +278,9 @@ class SimpleSampler:
         seed, num_images_per_prompt, eta = plain(seed), plain(num_images_per_prompt), plain(eta)
         num_inference_steps, guidance_scale = plain(num_inference_steps), plain(guidance_scale)
         height, width = plain(height), plain(width)
-        scheduler = usual.scheduler if scheduler is None else scheduler
         guidance_scale = usual.guidance_scale if guidance_scale is None else guidance_scale
-        if isinstance(scheduler, str):
-            steps = usual.num_inference_steps if num_inference_steps is None else num_inference_steps
-            scheduler = make_scheduler(scheduler, steps, eta, schedule=usual.schedule)
+        if scheduler is None or isinstance(scheduler, str):
+            scheduler = usual.make_scheduler(scheduler, num_inference_steps, eta)
         check_numbers(guidance_scale, num_images_per_prompt, seed)
         if image is None and mask_image is not None:
             raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")

@@ -152,6 +152,10 @@ class Scheduler:
         signal, sigma = self.level(i)
         return self.x0_of(prediction, x, signal, sigma)
 
+    def noise(self, i: int, prediction: Tensor, x: Tensor) -> Tensor:
+        """The noise in x that the prediction stands for, likewise."""
+        return self.noise_of(prediction, x, *self.level(i))
+
     def x0_of(self, prediction: Tensor, x: Tensor, signal: float, sigma: float) -> Tensor:
         """x_0 by what the model predicts, where x = signal x_0 + sigma noise and signal^2 + sigma^2 = 1."""
         kind = self.schedule.prediction_type

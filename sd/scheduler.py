@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class DDIM(AlongX):
     def step(
         self, i: int, prediction: Tensor, x: Tensor, state: State, *, variance_noise: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        x0, noise = self.denoised(i, prediction, x), self.noise_of(prediction, x, *self.level(i))
+        x0, noise = self.denoised(i, prediction, x), self.noise(i, prediction, x)
         signal, direction, std = self._coefficients[i]
         x = signal * x0 + direction * noise  # formula 12
         return (x + std * self.fresh(i, variance_noise) if self.draws(i) else x), state
@@ -165,20 +166,21 @@ OTHER_NAMES = {  # of diffusers' classes, of AUTOMATIC1111 and of ldm, in lower 
 
 
 def make_scheduler(
-    name: str, num_inference_steps: int, eta: float = 0.0, *, schedule: NoiseSchedule = V1
+    name: str, num_inference_steps: int, eta: float = 0.0, *, schedule: NoiseSchedule = V1, **options: Any
 ) -> Scheduler:
     """The solver of this name in SCHEDULERS, those with sigmas also with _karras, _exponential or _beta behind it.
 
-    The names of AUTOMATIC1111 ("DPM++ 2M Karras") and of diffusers' classes do too, in whatever case. Raises
-    ValueError for an unknown name, what the class itself refuses, and eta where the solver has none.
+    The names of AUTOMATIC1111 ("DPM++ 2M Karras") and of diffusers' classes do too, in whatever case. options are
+    fields of the solver's class, such as timestep_spacing. Raises ValueError for an unknown name, what the class
+    itself refuses, and eta where the solver has none; TypeError for a field that it does not have.
     """
     solver, spacing = find_name(name)
     if solver == "ddim":
-        return DDIM(num_inference_steps, eta, schedule=schedule)
+        return DDIM(num_inference_steps, eta, schedule=schedule, **options)
     if eta != 0:
         raise ValueError(f"eta must be 0 for {solver}, which has none (ddim has), not {eta!r}")
-    kind = SCHEDULERS[solver]
-    return kind(num_inference_steps, schedule=schedule, **({"sigma_spacing": spacing} if spacing else {}))
+    options |= {"sigma_spacing": spacing} if spacing else {}
+    return SCHEDULERS[solver](num_inference_steps, schedule=schedule, **options)
 
 
 def find_name(name: object) -> tuple[str, str]:

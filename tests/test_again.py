@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sd.cli import main
 from sd.cli.again import RECORDED
 from sd.cli.options import CommandError
 from sd.cli.settings import Drawing, differences, drawing_of, hashes_of, settings_used
 from sd.image import SIGNATURE, read_settings, save_png
 from sd.scheduler import make_scheduler
 from sd.weights.mapped import WeightFiles
+from tests.layouts import write_hub
 from tests.test_image import SETTINGS
 
 SOUND = {"prompt": "a red star", "model": "shapes", "num_inference_steps": 4}
@@ -245,3 +247,23 @@ def test_all_weights_and_the_tokenizer_are_compared(tmp_path):
         (said,) = differences(drawing, hashes_of(model_of(tmp_path)))
         assert words in said
         (tmp_path / name).write_text(name)
+
+
+def test_all_of_the_solver_is_recorded(tiny, tmp_path, monkeypatch):
+    """Also what its name does not say: the spacing of a model's files, which others may have by then."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_hub(tmp_path / "hub", tiny)
+    file = folder / "scheduler/scheduler_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}))
+    size = ("--height", "64", "--width", "64", "--steps", "3")
+    assert main(["a red star", "--model", "hub", "-o", "a.png", *size]) == 0
+    assert read_settings("a.png")["solver_options"] == {"timestep_spacing": "trailing"}
+    file.write_text(json.dumps(settings | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}))
+    assert main(["--again", "a.png", "-o", "b.png"]) == 0
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+    assert main(["--again", "a.png", "-o", "c.png", "--scheduler", "euler"]) == 0
+    assert Image.open("a.png").tobytes() != Image.open("c.png").tobytes()
+    image = Image.open("a.png")
+    save_png(image, "d.png", read_settings("a.png") | {"solver_options": {"nothing": 1}})
+    assert main(["--again", "d.png"]) == 2

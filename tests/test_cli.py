@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from sd.cli import draw, main
 from sd.cli.settings import Drawing, drawing_of
 from sd.image import read_settings
+from sd.scheduler import make_scheduler
 
 CAPTION = "a red star above a blue ring on a white background"
 
@@ -167,7 +168,7 @@ class Counting:
 
     def request(self, prompt, *, seed, num_images_per_prompt, **call):
         self.calls.append((seed, num_images_per_prompt))
-        scheduler = SimpleNamespace(name="pndm", timesteps=[1.0], num_inference_steps=1)
+        scheduler = make_scheduler("pndm", 1)
         return SimpleNamespace(
             images=num_images_per_prompt,
             scheduler=scheduler,

@@ -24,7 +24,7 @@ WEIGHTS = [
 
 DRIVER = """
 import hashlib, json, sys, sd
-from sd.loader import tokenizer_texts
+from sd.weights.tokenizer import tokenizer_texts
 from sd.weights.source import find
 for name, source, options in json.loads(sys.argv[1]):
     try:

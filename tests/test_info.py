@@ -75,11 +75,12 @@ FILES = {
     "LoRA": (lambda t: {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(4, 4)}, False),
     "BERT": (lambda t: {f"embeddings.{n}.weight": torch.zeros(4, 4) for n in ("word_embeddings", "position")}, False),
     "an optimizer": (lambda t: {f"state.{n}": torch.zeros(4) for n in range(4)}, False),
-    "v, by a tensor": (lambda t: t | {"v_pred": torch.zeros(0)}, False),
+    "v, by a tensor": (lambda t: t | {"v_pred": torch.zeros(0)}, True),
 }
 METADATA = {
-    "v, by modelspec": (V, False),
-    "v, by kohya's trainer": ({"ss_v_parameterization": "True"}, False),
+    "v, by modelspec": (V, True),
+    "v, by kohya's trainer": ({"ss_v_parameterization": "True"}, True),
+    "something newer, by modelspec": ({"modelspec.prediction_type": "flow"}, False),
     "epsilon, by modelspec": ({"modelspec.prediction_type": "epsilon"}, True),
     "epsilon, by kohya's trainer": ({"ss_v_parameterization": "False"}, True),
 }
@@ -124,7 +125,8 @@ def test_what_a_header_says_that_the_model_predicts(name, tensors, tmp_path):
     agree(tmp_path / "a.safetensors", loads)
 
 
-@pytest.mark.parametrize(("text", "loads"), [('model:\n    parameterization: "v"\n', False),
+@pytest.mark.parametrize(("text", "loads"), [('model:\n    parameterization: "v"\n', True),
+                                             ("model:\n  parameterization: edm\n", False),
                                              ("model:\n  parameterization: eps\n", True)])  # fmt: skip
 def test_what_a_config_beside_the_file_says_that_the_model_predicts(text, loads, tensors, tmp_path):
     path = write_ckpt(tmp_path / "a.ckpt", tensors)
@@ -145,7 +147,8 @@ HUB = {
         True,
     ),
     "another text encoder": ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, False),
-    "v": ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, False),
+    "v": ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, True),
+    "flow": ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, False),
     "no schedule": ("scheduler/scheduler_config.json", {"beta_start": -1}, False),
 }
 

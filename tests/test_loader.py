@@ -262,7 +262,7 @@ def change_config(folder, where, **changes):
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),
         ("unet/config.json", {"attention_head_dim": [5, 10, 20]}, "head counts"),
         ("unet/config.json", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "flow_prediction"),
         ("text_encoder/config.json", {"architectures": ["T5Encoder"]}, "T5Encoder"),
         ("vae/config.json", {"shift_factor": 0.1}, "VAE is of a newer kind"),
     ],

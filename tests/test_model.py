@@ -37,7 +37,6 @@ def test_the_built_in_model_draws_best_with_what_it_names():
         ("PNDMScheduler", "pndm"),
         ("DDIMScheduler", "ddim"),
         ("LMSDiscreteScheduler", "lms"),
-        ("SchedulerOfTomorrow", "pndm"),
         (None, "pndm"),
     ],
 )

@@ -60,10 +60,20 @@ def solver(value: Any) -> bool:
         return False
 
 
+def plain_options(value: Any) -> bool:
+    """Of a solver: few, and plain. What its class makes of them is seen when it is made."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= 20
+        and all(type(option) in (str, bool, int, float) and len(str(option)) <= 60 for option in value.values())
+    )
+
+
 RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of how it was drawn
     "prompt": text,
     "negative_prompt": text,
     "scheduler": solver,
+    "solver_options": plain_options,
     "dtype": one_of(*DTYPES),
     "model": name,
     "revision": name,
@@ -122,6 +132,8 @@ def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
             found.pop(key, None)
     if "config" in given:
         found.pop("config", None)
+    if "scheduler" in given:
+        found.pop("solver_options", None)
     return found
 
 

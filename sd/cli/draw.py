@@ -28,7 +28,16 @@ from .options import (
     whole,
 )
 from .output import picture_paths, save_result
-from .settings import Drawing, differences, drawing_of, hashes_of, load_model, make_sampler, settings_used
+from .settings import (
+    Drawing,
+    differences,
+    drawing_of,
+    hashes_of,
+    load_model,
+    make_sampler,
+    settings_used,
+    with_solver,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,6 +115,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def carry_out(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered: bool) -> None:
     sampler, hashes = prepare(drawing, leads=leads), None
+    drawing = with_solver(drawing, sampler.model)
     if drawing.plan:
         text = say_plan(sampler, drawing)
         if leads:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
@@ -20,8 +20,10 @@ from .options import LAST_SEED, RANDOM, CommandError
 if TYPE_CHECKING:
     from ..model import StableDiffusion
     from ..sampler import SimpleSampler
+    from ..scheduler import Scheduler
 
 HIRES_STRENGTH = 0.75  # as in sd/pictures/hires.py, which is not imported where it is not needed
+NAMED = ("num_inference_steps", "schedule", "eta", "sigma_spacing")  # of a solver, and told apart from its options
 LARGE = 100_000_000  # parameters of a UNet from which on sd.fast pays; with fewer it is no faster
 
 
@@ -37,7 +39,8 @@ class Drawing:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
-    scheduler: str | None = None
+    scheduler: str | Scheduler | None = None
+    solver_options: Mapping[str, Any] | None = None  # what else the solver of a picture to be drawn again had
     eta: float = 0.0
     # From which picture.
     image: str | None = None
@@ -129,20 +132,43 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
     from .. import __version__
     from ..scheduler import scheduler_name
 
+    scheduler = request.scheduler
     asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES} | dict(drawing.told or {})
     if request.pictures is not None:
         asked["strength"] = request.pictures.strength
     if drawing.hires:
         asked["hires_strength"] = HIRES_STRENGTH
     return asked | {
-        "num_inference_steps": request.scheduler.num_inference_steps,
+        "num_inference_steps": scheduler.num_inference_steps,
         "guidance_scale": request.guidance_scale,
-        "scheduler": scheduler_name(request.scheduler),
+        "scheduler": scheduler_name(scheduler),
+        "solver_options": {
+            f.name: value
+            for f in fields(scheduler)
+            if f.name not in NAMED and (value := getattr(scheduler, f.name)) != f.default
+        },
         "height": request.height,
         "width": request.width,
         "dtype": str(model.dtype).removeprefix("torch."),
         "version": __version__,
     }
+
+
+def with_solver(drawing: Drawing, model: StableDiffusion) -> Drawing:
+    """With the very solver of the picture that is drawn again, where that says more than its name."""
+    from ..scheduler import make_scheduler
+
+    if drawing.solver_options is None or not isinstance(drawing.scheduler, str):
+        return drawing
+    steps = drawing.num_inference_steps or model.defaults.num_inference_steps
+    schedule = model.defaults.schedule
+    try:
+        solver = make_scheduler(drawing.scheduler, steps, drawing.eta, schedule=schedule, **drawing.solver_options)
+    except TypeError as error:
+        raise CommandError(
+            f"{printable(drawing.again)} cannot be drawn again: its setting solver_options is damaged ({error})."
+        ) from None
+    return replace(drawing, scheduler=solver)
 
 
 def hashes_of(model: StableDiffusion) -> dict[str, str | None]:

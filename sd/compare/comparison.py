@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loader import build, check_device, check_dtype, load, read_config, tokenizer_texts
+from ..loader import build, check_device, check_dtype, load, read_config
 from ..model import StableDiffusion
 from ..scheduler import make_scheduler
 from ..vae import VAE
 from ..weights.configs import LoadError
 from ..weights.names import PARTS
 from ..weights.source import Source, find, refuse_other_kinds
+from ..weights.tokenizer import tokenizer_texts
 from ..weights.unread import read_weights
 from . import reference
 from .measure import Row, compare_blocks, pair, relative, weights_on_use

@@ -58,6 +58,10 @@ class SigmaSolver(SigmaTable):
     def denoised(self, i: int, prediction: Tensor, x: Tensor) -> Tensor:
         return self._clean(prediction, x, self.level(i)[1])
 
+    def noise(self, i: int, prediction: Tensor, x: Tensor) -> Tensor:
+        epsilon = self.schedule.prediction_type == "epsilon"
+        return prediction if epsilon else self._slope(prediction, x, self.level(i)[1])
+
     def _clean(self, prediction: Tensor, x: Tensor, sigma: float) -> Tensor:
         """x_0 by what the model predicts, at this sigma."""
         kind = self.schedule.prediction_type

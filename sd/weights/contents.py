@@ -14,6 +14,9 @@ from .configs import PARTS, LoadError
 from .source import METADATA, find, modules, refuse_other_kinds
 
 
+MEANS = {"epsilon": "the noise (epsilon)", "v_prediction": "the velocity (v)", "sample": "the clean latents"}
+
+
 def info(
     source: str | os.PathLike[str],
     *,
@@ -60,6 +63,8 @@ def info(
         "ema": any(n.startswith("model_ema.diffusion_model") for n in tensors),
         "tokenizer": found.tokenizer is not None,
         "image_size": found.size,
+        "prediction_type": found.defaults.prediction_type if found.defaults else found.prediction_type,
+        "defaults": found.defaults.as_dict() if found.defaults else None,
         "unknown": found.unknown,
         "problem": problem,
         "metadata": {k: v for k, v in found.metadata.items() if k != METADATA},
@@ -83,6 +88,12 @@ def format_info(facts: Mapping[str, Any]) -> str:
     lines.append(f"EMA weights   {'yes: --ema takes them' if facts['ema'] else 'no'}")
     none = "none of its own: CLIP's is looked for when a text is encoded"
     lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else none}")
+    if usual := facts["defaults"]:
+        options = "".join(f", {key}={printable(value, 60)}" for key, value in usual["options"].items())
+        lines.append(
+            f"draws with    {usual['scheduler']}{options}, {usual['num_inference_steps']} steps, guidance "
+            f"{usual['guidance_scale']:g}; the UNet predicts {MEANS[usual['prediction_type']]}"
+        )
     if facts["metadata"]:
         some = list(facts["metadata"].items())[:20]
         more = f", and {len(facts['metadata']) - 20} more" if len(facts["metadata"]) > 20 else ""

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import read_utf8
-from ..scheduler import SCHEDULERS, V1, NoiseSchedule
+from ..schedule import PREDICTIONS
+from ..scheduler import SCHEDULERS, V1, NoiseSchedule, Scheduler, find_name, make_scheduler
+from .scheduler_config import solver_of
 
 
 @dataclass(frozen=True)
 class Defaults:
     """How a model draws where a call does not say; the values here are Stable Diffusion v1's.
+
+    scheduler      a name that `make_scheduler` knows
+    options        what else its class takes, as {"timestep_spacing": "trailing"}; it holds for every solver that has
+                   such a setting, as with from_config of diffusers
+    height, width  in pixels; None: the model's size
+    schedule       the noise that the model was trained with; `prediction_type` is in it, too
 
     Raises ValueError, the rest of a sentence, for what no sampler can take.
     """
@@ -22,17 +31,16 @@ class Defaults:
     scheduler: str = "pndm"
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
-    height: int | None = None  # pixels; None: the model's size
+    height: int | None = None
     width: int | None = None
     prediction_type: str = "epsilon"
     schedule: NoiseSchedule = V1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def whole(n: Any, low: int, high: int) -> bool:
             return type(n) is int and low <= n <= high
 
-        if self.scheduler not in tuple(SCHEDULERS):
-            raise ValueError(f"no scheduler is called {self.scheduler!r}; there are {', '.join(SCHEDULERS)}")
         if not whole(self.num_inference_steps, 1, self.schedule.num_train_timesteps):
             raise ValueError(f"num_inference_steps cannot be {self.num_inference_steps!r}")
         if type(self.guidance_scale) not in (int, float) or not 0 <= self.guidance_scale <= 100:
@@ -40,12 +48,26 @@ class Defaults:
         for side in (self.height, self.width):
             if side is not None and not whole(side, 8, 8192):
                 raise ValueError(f"height and width cannot be {side!r}")
-        if self.prediction_type != "epsilon":
-            raise ValueError(f"prediction_type cannot be {self.prediction_type!r}, but is 'epsilon'")
+        if self.prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type cannot be {self.prediction_type!r}, but is {' or '.join(PREDICTIONS)}")
         if self.schedule.prediction_type != self.prediction_type:
             raise ValueError(
                 f"prediction_type is {self.prediction_type!r}, and {self.schedule.prediction_type!r} in the schedule"
             )
+        try:
+            make_scheduler(self.scheduler, self.num_inference_steps, schedule=self.schedule, **self.options)
+        except TypeError as error:
+            raise ValueError(f"{self.scheduler} cannot have the options {self.options!r} ({error})") from None
+
+    def make_scheduler(
+        self, name: str | None = None, num_inference_steps: int | None = None, eta: float = 0.0
+    ) -> Scheduler:
+        """The solver of a call, for this model; what is None is as these defaults say. Raises ValueError."""
+        name = self.scheduler if name is None else name
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        known = {f.name for f in fields(SCHEDULERS[find_name(name)[0]])}
+        options = {key: value for key, value in self.options.items() if key in known}
+        return make_scheduler(name, steps, eta, schedule=self.schedule, **options)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the header of a file; `from_dict` takes it."""
@@ -58,30 +80,30 @@ class Defaults:
         for kind, values in ((cls, data), (NoiseSchedule, schedule)):
             if unknown := sorted(values.keys() - {f.name for f in fields(kind)}):
                 raise ValueError(f"there is no default called {unknown[0]!r}")
-        for field in fields(NoiseSchedule):
-            wanted = (int, float) if isinstance(field.default, float) else (type(field.default),)
-            if type(schedule.get(field.name, field.default)) not in wanted:
-                raise ValueError(f"{field.name} cannot be {schedule[field.name]!r}")
+        for known in fields(NoiseSchedule):
+            wanted = (int, float) if isinstance(known.default, float) else (type(known.default),)
+            if type(schedule.get(known.name, known.default)) not in wanted:
+                raise ValueError(f"{known.name} cannot be {schedule[known.name]!r}")
         if schedule.get("num_train_timesteps", 2) > 100_000 or schedule.get("steps_offset", 0) > 100_000:
             raise ValueError("the noise schedule is longer than 100,000 steps")
+        if not isinstance(data.get("options", {}), dict):
+            raise ValueError(f"options cannot be {data['options']!r}")
         return cls(**{**data, "schedule": NoiseSchedule(**schedule)})
 
 
 # ---- of the Hub
 
-_SCHEDULE: dict[str, Any] = {  # how a model was trained; how it is sampled is the caller's choice
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "trained_betas": None,
-}
-
 
 def check_schedule(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a scheduler_config.json of a model that was trained otherwise than v1."""
-    for key, value in _SCHEDULE.items():
-        if key in config and config[key] != value:
-            raise ValueError(f"it was trained with {key} = {config[key]!r}, and v1 with {value!r}")
+    """Raise ValueError for a scheduler_config.json of a model that was trained as no solver here understands."""
+    for key, known in (
+        ("beta_schedule", ("scaled_linear", "linear")),
+        ("prediction_type", PREDICTIONS),
+        ("rescale_betas_zero_snr", (True, False)),
+        ("trained_betas", (None,)),
+    ):
+        if key in config and config[key] not in known:
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, and what is known is {known[0]!r}")
     for key in ("beta_start", "beta_end"):
         if key in config and not (type(config[key]) is float and 0 < config[key] < 1):
             raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no share of noise")
@@ -94,22 +116,43 @@ def check_schedule(config: Mapping[str, Any]) -> None:
         raise ValueError(f"it was trained with set_alpha_to_one = {config['set_alpha_to_one']!r}, not true or false")
 
 
-_SOLVERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "LMSDiscreteScheduler": "lms"}
-_SCHEDULE_FIELDS = ("beta_start", "beta_end", "num_train_timesteps", "steps_offset", "set_alpha_to_one")
+STEPS = {"lcm": 4}  # where it is not 50
 
 
-def defaults_from_hub(config: Mapping[str, Any]) -> Defaults:
-    """A scheduler_config.json that `check_schedule` let pass -> a model's defaults.
+def defaults_from_hub(config: Mapping[str, Any], name: str) -> Defaults:
+    """A scheduler_config.json that `check_schedule` let pass -> the defaults of the model called `name`.
 
-    A solver that is not here leaves v1's, "pndm". A value that is left out is v1's, whatever the class of
-    diffusers has: its DDIM would end at abar 1, which is wrong for Stable Diffusion.
+    As diffusers' from_config, but for the noise schedule: what is left out of that is v1's, whatever the class of
+    diffusers has (its DDIM would end at abar 1, which is wrong for Stable Diffusion). What of the solver is not here
+    leaves v1's, "pndm", with a warning that says what it was.
     """
-    schedule = {key: config[key] for key in _SCHEDULE_FIELDS if key in config}
-    if "steps_offset" in schedule:
-        schedule["steps_offset"] = 1  # diffusers' StableDiffusionPipeline puts it there, whatever the file says
-    solver = config.get("_class_name")
-    steps = {"num_inference_steps": min(50, config.get("num_train_timesteps", 50))}
-    return Defaults.from_dict(steps | {"scheduler": _SOLVERS.get(str(solver), "pndm"), "schedule": schedule})
+    # diffusers' StableDiffusionPipeline puts these there, whatever the file says
+    config = {
+        **config,
+        **{key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in config},
+    }
+    left_out = config.get("_use_default_values") or ()
+    noise = {f.name: config[f.name] for f in fields(NoiseSchedule) if f.name in config and f.name not in left_out}
+    schedule = NoiseSchedule(**noise)
+
+    def defaults(scheduler: str, options: Mapping[str, Any]) -> Defaults:
+        steps = min(STEPS.get(scheduler, 50), schedule.num_train_timesteps - 1)
+        return Defaults(
+            scheduler, steps, prediction_type=schedule.prediction_type, schedule=schedule, options=options
+        )
+
+    try:
+        solver, _, options = solver_of(config)
+        spacing = options.pop("sigma_spacing", "")
+        return defaults(f"{solver}_{spacing}" if spacing else solver, options)
+    except ValueError as error:
+        solver = "ddim" if schedule.prediction_type == "sample" else "pndm"
+        warnings.warn(
+            f"{name} asks for a scheduler that is not here ({error}): it is drawn with {solver}, where no other is "
+            "given.",
+            stacklevel=2,
+        )
+        return defaults(solver, {})
 
 
 # ---- of single files
@@ -125,7 +168,7 @@ def prediction_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[s
     config beside the file, of the same name with the ending .yaml.
     """
     said = [str(metadata.get("modelspec.prediction_type", ""))]
-    if str(metadata.get("ss_v_parameterization", "")).lower() in ("true", "1") or "v_pred" in tensors:
+    if true(metadata.get("ss_v_parameterization")) or "v_pred" in tensors:
         said.append("v")
     for beside in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
         if beside.is_file():
@@ -135,3 +178,20 @@ def prediction_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[s
                 continue
     said = [word.lower() for word in said if word.lower() not in ("", "eps", "epsilon")]
     return "epsilon" if not said else "v_prediction" if said[0] in _V else said[0][:40]
+
+
+def true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1")
+
+
+def defaults_of_file(prediction: str, metadata: Mapping[str, Any], tensors: Iterable[str]) -> Defaults:
+    """The defaults of a single file that `prediction_type` has looked at.
+
+    A tensor called ztsnr, or kohya's trainer, says that its last timestep is noise alone. Then the steps begin there
+    (arXiv:2305.08891): PNDM cannot, DDIM can. Nor does PNDM work with a predicted x_0.
+    """
+    to_noise = "ztsnr" in tensors or true(metadata.get("ss_zero_terminal_snr"))
+    schedule = NoiseSchedule(prediction_type=prediction, rescale_betas_zero_snr=to_noise)
+    solver = "ddim" if to_noise or prediction == "sample" else "pndm"
+    options = {"timestep_spacing": "trailing"} if to_noise else {}
+    return Defaults(solver, prediction_type=prediction, schedule=schedule, options=options)

@@ -28,7 +28,7 @@ PARTS = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
 # In files, but not weights of the model: schedule buffers, losses, counters (each a full match).
 KNOWN_EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
-    r"|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
+    r"|v_pred|ztsnr|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
     r"|(cond_stage_model\.)?(transformer\.)?(text_model\.)?(logit_scale|text_projection(\.weight)?))"
 )
 

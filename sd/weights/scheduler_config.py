@@ -40,9 +40,21 @@ def scheduler_from_config(config: Mapping[str, Any], num_inference_steps: int) -
     What is left out has the value of diffusers' class, but for the noise schedule, which is then Stable Diffusion
     v1's; what "_use_default_values" names counts as left out. Raises ValueError, by name, for what is not here.
     """
+    solver, schedule, options = solver_of(config)
+    try:
+        return SCHEDULERS[solver](num_inference_steps, schedule=schedule, **options)
+    except TypeError as error:
+        raise ValueError(f"the scheduler's config has a value of another type ({error})") from None
+
+
+def solver_of(config: Mapping[str, Any]) -> tuple[str, NoiseSchedule, dict[str, Any]]:
+    """The name of the solver that a scheduler_config.json asks for, the noise schedule, and its class's other fields.
+
+    Raises ValueError as `scheduler_from_config` does, but for values that the class itself refuses.
+    """
     left_out = config.get("_use_default_values") or ()
     settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in left_out}
-    solver, _ = find_name(config.get("_class_name", "PNDMScheduler"))
+    solver, _ = find_name(config.get("_class_name") or "PNDMScheduler")
     if solver == "dpmpp_2m":
         solver = "dpmpp_2m_sde" if settings.get("algorithm_type") == "sde-dpmsolver++" else solver
         if solver == "dpmpp_2m_sde":
@@ -68,6 +80,6 @@ def scheduler_from_config(config: Mapping[str, Any], num_inference_steps: int) -
                 continue
             raise ValueError(f"the scheduler's config has {key} = {value!r}, which is not here")
     try:
-        return kind(num_inference_steps, schedule=NoiseSchedule(**schedule), **given)
+        return solver, NoiseSchedule(**schedule), given
     except TypeError as error:
         raise ValueError(f"the scheduler's config has a value of another type ({error})") from None

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..files import SmallFileError, parse_json, read_json
+from ..schedule import PREDICTIONS
 from ..text import TextConfig, own_names, text_shapes
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import hub, layout, names
 from .checkpoint import read
 from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
-from .defaults import Defaults, check_schedule, defaults_from_hub, prediction_type
+from .defaults import Defaults, check_schedule, defaults_from_hub, defaults_of_file, prediction_type
 from .tokenizer import ADDED, read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
@@ -97,6 +98,8 @@ def find_file(path: Path, name: str) -> Source:
     parts, unknown = names.split(file.tensors)
     found = Source(name, "CompVis file", parts, unknown, path, tensors=file.tensors, metadata=file.metadata)
     found.prediction_type = prediction_type(path, file.metadata, file.tensors)
+    if found.prediction_type in PREDICTIONS:
+        found.defaults = defaults_of_file(found.prediction_type, file.metadata, file.tensors)
     found.maps = [(path, file.map)]
     if METADATA in file.metadata:
         try:
@@ -161,7 +164,7 @@ def describe_folder(
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
     found = Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
     if (folder / "scheduler/scheduler_config.json").exists():
-        found.defaults = defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"))
+        found.defaults = defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"), name)
     return found
 
 
@@ -224,10 +227,10 @@ def refuse_other_kinds(found: Source) -> None:
             f"{found.name} holds {what}: this library draws with Stable Diffusion v1 (text to image) only; "
             "give a v1 checkpoint, such as CompVis/stable-diffusion-v1-4."
         )
-    if found.prediction_type != "epsilon":
+    if found.prediction_type not in PREDICTIONS:
         raise LoadError(
             f"{found.name} says that it predicts {found.prediction_type!r}: this library draws only with models that "
-            "predict the noise (epsilon); give one of those."
+            f"predict {', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]}; give one of those."
         )
     if found.unknown:
         more = f" and {len(found.unknown) - 3} more" if len(found.unknown) > 3 else ""

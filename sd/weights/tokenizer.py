@@ -5,15 +5,22 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import parse_json, read_json, read_small, read_utf8
+from ..text import Texts
 from . import hub
+from .configs import LoadError
+
+if TYPE_CHECKING:
+    from .source import Source
 
 PACKAGES = ("open_clip", "clip")  # that bring CLIP's vocabulary; its file is read, they are not imported
 PACKED = "bpe_simple_vocab_16e6.txt.gz"
@@ -194,3 +201,28 @@ def clip_texts(name: str, token: Any = None) -> dict[str, str]:
             "(--tokenizer), install open_clip_torch (pip install 'artificial-artist[clip]'), connect once so that "
             f"{hub.CLIP} is cached, or use a converted file or a repository, which have their own."
         ) from None
+
+
+def find_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts | Callable[[], Texts]:
+    """The texts of a tokenizer: of the folder given, else the source's; else how to get CLIP's."""
+    if folder is not None:
+        try:
+            if texts := read_tokenizer(Path(folder)):
+                return texts
+            reason = "no vocabulary is there"
+        except ValueError as error:
+            reason = str(error)
+        raise LoadError(
+            f"The tokenizer folder {folder} cannot be read ({reason}): give one with vocab.json and "
+            "merges.txt, or tokenizer.json, as tokenizer= (--tokenizer)."
+        )
+    return found.tokenizer or partial(clip_texts, found.name, token)
+
+
+def tokenizer_texts(found: Source, folder: str | os.PathLike[str] | None, token: Any) -> Texts:
+    """The same, found at once. Raises LoadError where there is no tokenizer."""
+    texts = find_texts(found, folder, token)
+    try:
+        return texts() if callable(texts) else texts
+    except hub.HubError as error:
+        raise LoadError(str(error)) from None
