@@ -7,6 +7,8 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def test_small_model_is_diffusers(double):
     assert report.first_over is None
     assert report.same
     assert max(row.difference for row in report.rows if row.name not in LEAST) < 1e-10
-    assert report.rows[-1].difference < 1e-7  # LMS, which diffusers integrates numerically
+    (lms,) = (row for row in report.rows if row.name == "lms")
+    assert lms.difference < 1e-7  # diffusers integrates it numerically
 
     names = [row.name for row in report.rows]
     wanted = ["text", "unet.time_embed"]
@@ -72,10 +75,11 @@ def test_small_model_is_diffusers(double):
     wanted += ["vae.encoder.norm_out", "vae.encoder.conv_out", "vae.quant_conv", "vae.encoder (whole)"]
     wanted += ["vae.post_quant_conv", "vae.decoder.conv_in", "vae.decoder.mid"]
     wanted += [*(f"vae.decoder.up.{i}" for i in (3, 2, 1, 0)), "vae.decoder.norm_out", "vae.decoder.conv_out"]
-    assert names == [*wanted, "vae.decoder (whole)", *reference.CLASSES]
+    wanted += ["vae.decoder (whole)", *reference.CLASSES]
+    assert names == [*wanted, *(f"drawing ({how})" for how in ("from text", "from a picture", "with a mask"))]
     for row in report.rows:
         assert min(row.seconds) > 0
-        assert row.peak is None if row.name in sd.scheduler.SCHEDULERS else min(row.peak) > 0
+        assert row.peak is None if row.name.split()[0] in (*sd.scheduler.SCHEDULERS, "drawing") else min(row.peak) > 0
 
 
 @needs_diffusers
@@ -420,7 +424,7 @@ def test_full_size():
     """Every block at full size and a small picture: the bound is that of the design, 1e-5."""
     model = reference.random_model_of("full", torch.float32)
     report = compare_with_diffusers(model, size=64, repeats=0)
-    assert len(report.rows) == 49 + len(reference.CLASSES)
+    assert len(report.rows) == 49 + len(reference.CLASSES) + 3
     assert report.first_over is None
 
 
@@ -428,3 +432,17 @@ def test_a_scheduler_without_a_comparison_is_said():
     assert type(reference.diffusers_scheduler("lms")).__name__ == "LMSDiscreteScheduler"
     with pytest.raises(reference.CompareError, match="no comparison of the scheduler 'dpmpp_sde'"):
         reference.diffusers_scheduler("dpmpp_sde")
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_whole_drawings(channels):
+    model = make_model(unet=replace(reference.SMALL_UNET, in_channels=channels), dtype=torch.float64)
+    rows = compare_with_diffusers(model, what=["drawings"], repeats=0).rows
+    names = ["drawing (from text)", "drawing (from a picture)", "drawing (with a mask)"]
+    assert [row.name for row in rows] == (names if channels == 4 else names[2:])
+    assert not any(row.over for row in rows)
+
+
+def test_a_drawing_that_differs_is_over_its_bound(double, monkeypatch):
+    monkeypatch.setattr("sd.compare.drawings.SimpleSampler", lambda model: partial(sd.SimpleSampler(model), eta=0.5))
+    assert all(row.over for row in compare_with_diffusers(double, what=["drawings"], repeats=0).rows)

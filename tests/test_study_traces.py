@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
@@ -140,13 +141,22 @@ def test_quality_in_small(tmp_path, monkeypatch, capsys):
     import quality
 
     plot = tmp_path / "quality.png"
-    call = ["quality.py", "--count", "2", "--steps", "2", "3", "--schedulers", "ddim", "lms", "--plot", str(plot)]
+    call = ["quality.py", "--count", "2", "--calls", "2", "3", "--schedulers", "ddim", "pndm", "--plot", str(plot)]
+    call += ["--keep", str(tmp_path / "kept.json")]
     monkeypatch.setattr(sys, "argv", call)
     quality.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[:3] for row in rows] == [[name, steps, "4"] for name in ("ddim", "lms") for steps in ("2", "3")]
-    assert all(float(row[3]) in (0, 50, 100) for row in rows)
-    assert Image.open(plot).size == (480, 300)
+    assert [row[:3] for row in rows] == [
+        ["ddim", "2", "2"],
+        ["pndm", "2", "1"],
+        ["ddim", "3", "3"],
+        ["pndm", "3", "2"],
+    ]
+    assert all(float(row[4]) in (0, 50, 100) for row in rows)
+    assert Image.open(plot).size == (640, 340)
+    assert len(json.loads((tmp_path / "kept.json").read_text())) == 4
+    monkeypatch.setattr(quality, "evaluate", None)  # all of it is kept, so nothing is drawn
+    quality.main()
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def parser() -> Parser:
     add("--dtype", **dtype_option("The kind of numbers to compute with. Default: float64; float32 for two sources."))
     add("--device", help="Where to compute: cpu or cuda. Default: cpu.")
     add("--size", type=whole(), metavar="PIXELS", help="The edge of the picture. Default: the model's own size.")
-    add("--only", nargs="+", metavar="PART", help="Compare only these of text, unet, vae and schedulers. Two sources "
-        "are always compared whole.")  # fmt: skip
+    add("--only", nargs="+", metavar="PART", help="Compare only these of text, unet, vae, schedulers and drawings. "
+        "Two sources are always compared whole.")  # fmt: skip
     add("--bound", type=number, metavar="X", help="The largest difference that passes. Default: 1e-10 in float64, "
         "1e-5 in float32; 0 for two sources.")  # fmt: skip
     add("--repeats", type=whole(0), metavar="N", help="How often each block is timed; 0 measures no time. Default: "

@@ -32,12 +32,13 @@ from ..weights.source import Source, find, refuse_other_kinds
 from ..weights.tokenizer import tokenizer_texts
 from ..weights.unread import read_weights
 from . import reference
+from .drawings import compare_drawings
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
 from .reference import CompareError
 from .report import Change, Report
 
 PROMPT = "a red star above a blue ring on a white background"
-WHAT = ("text", "unet", "vae", "schedulers")
+WHAT = ("text", "unet", "vae", "schedulers", "drawings")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 # The least bounds, if none is given. diffusers integrates LMS numerically, where ours is exact; and it computes the
 # steps of Euler and of DPM++ 2M in float32 whatever the latents are.
@@ -104,11 +105,11 @@ def compare_with_diffusers(
     repeats: int = 1,
     prompt: str = PROMPT,
 ) -> Report:
-    """A row for the text encoder, each block of the UNet and the VAE, each of these whole, and each scheduler.
+    """A row for the text encoder, each block of the UNet and the VAE, each whole, each scheduler, and whole drawings.
 
     model    in the dtype and on the device to compare in; float64 shows the smallest faults
     size     of the picture, in pixels along an edge; the model's own if not given
-    what     which of "text", "unet", "vae", "schedulers"
+    what     which of "text", "unet", "vae", "schedulers", "drawings"
     bound    largest difference that passes; if not given, 1e-10 in float64 (more for the solvers in `LEAST`), 1e-5 in
              float32, 1e-2 in half precision
     repeats  how often each block is timed
@@ -144,6 +145,8 @@ def compare_with_diffusers(
         latents = inputs.latents[:, : model.vae.config.z_channels]
         for name in reference.CLASSES:
             report.rows.append(compare_scheduler(name, latents, max(bound, least.get(name, 0.0))))
+    if "drawings" in what:
+        report.rows += compare_drawings(model, side, texts, bound)
     return report
 
 

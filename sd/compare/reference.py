@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attention import SpatialTransformer
 from ..model import StableDiffusion
+from ..schedule import V1, NoiseSchedule
 from ..text import TextConfig, TextEncoder, text_shapes
 from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
 from ..vae import VAE, VAEConfig
@@ -177,18 +181,43 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {  # of each solver, diffusers'
 }
 
 
-def diffusers_scheduler(name: str) -> Any:
-    """diffusers' scheduler for one of `CLASSES`, as the v1-4 weights have it. Raises CompareError for others."""
+def diffusers_scheduler(name: str, schedule: NoiseSchedule = V1, **options: Any) -> Any:
+    """diffusers' scheduler for one of `CLASSES`, for a model that was trained so. Raises CompareError for others.
+
+    options: of diffusers' class; those that it does not have are left out.
+    """
     if name not in CLASSES:
         raise CompareError(f"There is no comparison of the scheduler {name!r}: choose among {', '.join(CLASSES)}.")
     kind, own = CLASSES[name]
     made = getattr(diffusers(), kind)
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    wanted = asdict(schedule) | own | options
     known = inspect.signature(made.__init__).parameters
-    offset = {"steps_offset": 1} if "steps_offset" in known else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return made(**betas, **offset, **own)
+        return made(**{key: value for key, value in wanted.items() if key in known})
+
+
+def diffusers_pipeline(model: StableDiffusion, kind: str, scheduler: Any) -> Any:
+    """One of diffusers' pipelines with the same weights and this scheduler; it takes embeddings in place of texts."""
+    unet, vae = diffusers_unet(model), diffusers_vae(model)
+    with without_notices():
+        pipe = getattr(diffusers(), kind)(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def without_notices() -> Iterator[None]:
+    """Without what importing a pipeline says of packages that are missing, and of its own future."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 # ---- which part of diffusers' models does the work of which block of ours

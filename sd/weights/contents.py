@@ -13,7 +13,6 @@ from . import names
 from .configs import PARTS, LoadError
 from .source import METADATA, find, modules, refuse_other_kinds
 
-
 MEANS = {"epsilon": "the noise (epsilon)", "v_prediction": "the velocity (v)", "sample": "the clean latents"}
 
 
