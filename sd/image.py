@@ -20,6 +20,7 @@ from .files import from_root, parse_json, reason_of, writing
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MAX_SIDE = 8192  # pixels along an edge; far beyond what the v1 models draw well
 JSON_CHUNK = "sd"  # the PNG text chunk that `artist --again` reads
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT, CHUNKS = 1 << 20, 1 << 16  # bytes of a text, and chunks of a file, that are read at most

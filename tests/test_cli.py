@@ -410,6 +410,14 @@ def test_pictures_in(tmp_path, monkeypatch, capsys):
     assert Image.open("d.png").size == (80, 72)
     assert main(["a red star", "--height", "64", "--width", "64", "--hires", "1.5", "-o", "e.png", *quick]) == 0
     assert Image.open("e.png").size == (96, 96)
+    capsys.readouterr()
+    assert main(["a red star", "--variant", "lean", "--plan", "--hires", "2"]) == 0
+    small, large = capsys.readouterr().out.split("The picture, enlarged:")
+    assert "128 x 128" in small
+    assert "256 x 256" in large
+    Image.new("RGB", (2000, 1008), "red").save("white.png")
+    with pytest.warns(UserWarning, match="2000 x 1008 pixels, and is drawn at that size"):
+        drawing_of({"prompt": "a red star", "image": "white.png"})
 
 
 @pytest.mark.parametrize(
@@ -428,6 +436,7 @@ def test_pictures_in(tmp_path, monkeypatch, capsys):
         (["--image", "w.png", "--strength", "0"], "strength 0"),
         (["--image", "w.png", "--strength", "2"], "--strength must be a number above 0"),
         (["--hires", "1"], "--hires must be a number above 1"),
+        (["--hires", "8", "--width", "2048", "--quiet"], "hires 8 makes a picture of 16384 x 1024 pixels"),
     ],
 )
 def test_pictures_that_cannot_be_used(tmp_path, monkeypatch, capsys, options, says):

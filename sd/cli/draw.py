@@ -165,10 +165,25 @@ def prepare(drawing: Drawing, *, leads: bool) -> SimpleSampler:
 
 
 def say_plan(sampler: Any, drawing: Drawing) -> str:
-    more: dict[str, Any] = {}
+    call = {"prompt": drawing.prompt, **drawing.call}
     if drawing.variant == "parallel":
-        more = {"num_images_per_prompt": drawing.count, "ranks": drawing.ranks}
-    return str(sampler.plan(drawing.prompt, **drawing.call, **more))
+        call |= {"num_images_per_prompt": drawing.count, "ranks": drawing.ranks}
+    plan = str(sampler.plan(**call))
+    if not drawing.hires:
+        return plan
+    from ..pictures import enlarged_size
+
+    width, height = enlarged_size(*size_of_drawing(sampler.model, drawing), drawing.hires)
+    # Only the plan: a picture to begin with changes nothing in it but the number of steps.
+    larger = sampler.plan(**{k: v for k, v in call.items() if k != "image"} | {"width": width, "height": height})
+    return f"The picture:\n{plan}\n\nThe picture, enlarged:\n{larger}"
+
+
+def size_of_drawing(model: Any, drawing: Drawing) -> tuple[int, int]:
+    """Width and height of what is drawn first."""
+    picture = (drawing.given or {}).get("image")
+    own = picture.size if picture else (model.defaults.width or model.size, model.defaults.height or model.size)
+    return drawing.width or own[0], drawing.height or own[1]
 
 
 # ---- drawing
@@ -195,10 +210,14 @@ def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterato
         numbers = f" {done + 1}{f'-{done + n}' if n > 1 else ''}/{drawing.count}" if drawing.count > 1 else ""
         call = {"prompt": drawing.prompt, "seed": seed, "num_images_per_prompt": n, **drawing.call}
         bar = partial(tqdm, unit="step", disable=not show)
+        if drawing.hires:
+            from ..pictures import enlarged_size, from_enlarged
+
+            enlarged_size(
+                *size_of_drawing(sampler.model, drawing), drawing.hires
+            )  # too large: said before it is drawn
         images, request = draw_once(sampler, call, partial(bar, desc=f"drawing{numbers}"))
         if drawing.hires:
-            from ..pictures import from_enlarged
-
             again = call | from_enlarged(images, drawing.hires)
             images, _ = draw_once(sampler, again, partial(bar, desc=f"enlarged{numbers}"))
         seconds = time.perf_counter() - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .settings import Drawing
 
 ALPHA = "alpha"  # in place of a mask: what is transparent in the picture
+LARGE = 2_000_000  # pixels: photographs are seldom meant to be drawn at their own size
 NEED = ("mask", "strength", "extend", "paste")  # options that need a picture
 
 
@@ -47,6 +49,11 @@ def arguments(drawing: Drawing) -> dict[str, Any]:
         result["mask_image"] = read_picture(drawing.mask, "mask_image")
     if strength is not None:
         result["strength"] = strength
+    if drawing.height is None and drawing.width is None and picture.width * picture.height > LARGE:
+        warnings.warn(
+            f"{printable(drawing.image)} has {picture.width} x {picture.height} pixels, and is drawn at that size, "
+            "which takes long: --width and --height choose another."
+        )
     return result | {"image": picture}
 
 

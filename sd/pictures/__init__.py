@@ -10,7 +10,7 @@ Img2img is SDEdit (Meng et al. 2021, arXiv:2108.01073); masks are blended in at 
 """
 
 from .given import Pictures, alpha_mask, extend, read_picture
-from .hires import from_enlarged
+from .hires import enlarged_size, from_enlarged
 from .paste import pasted
 from .start import Start, begin_from, beside
 
@@ -20,6 +20,7 @@ __all__ = [
     "alpha_mask",
     "begin_from",
     "beside",
+    "enlarged_size",
     "extend",
     "from_enlarged",
     "pasted",

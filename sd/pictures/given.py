@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..image import from_pil
+from ..image import MAX_SIDE, from_pil
 
 Given = Image.Image | str | os.PathLike[str] | np.ndarray | Tensor
 NEARLY = 5.01 / 255  # of black or white: what JPEG makes of a mask is meant to be black or white
@@ -276,8 +276,8 @@ def extend(
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     sides = {side: int(n) if isinstance(n, np.integer) else n for side, n in sides.items()}
     for side, pixels in sides.items():
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= 8192:
-            raise ValueError(f"{side} must be a whole number of pixels from 0 to 8192, not {pixels!r}.")
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or not 0 <= pixels <= MAX_SIDE:
+            raise ValueError(f"{side} must be a whole number of pixels from 0 to {MAX_SIDE}, not {pixels!r}.")
     if not any(sides.values()):
         raise ValueError("There is nothing to extend: give left, right, top or bottom.")
     picture = np.asarray(on_white(read_picture(image)))

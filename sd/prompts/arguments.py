@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_SIDE = 8192  # pixels; far beyond what the v1 models draw well
+from ..image import MAX_SIDE
 
 OTHER_NAMES = {  # arguments of diffusers and others, and what to do instead
     "generator": "give seed=, from which image i takes the noise of seed + i",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_utf8
+from ..image import MAX_SIDE
 from ..schedule import PREDICTIONS
 from ..scheduler import SCHEDULERS, V1, NoiseSchedule, Scheduler, find_name, make_scheduler
 from .scheduler_config import solver_of
@@ -46,7 +47,7 @@ class Defaults:
         if type(self.guidance_scale) not in (int, float) or not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale cannot be {self.guidance_scale!r}")
         for side in (self.height, self.width):
-            if side is not None and not whole(side, 8, 8192):
+            if side is not None and not whole(side, 8, MAX_SIDE):
                 raise ValueError(f"height and width cannot be {side!r}")
         if self.prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type cannot be {self.prediction_type!r}, but is {' or '.join(PREDICTIONS)}")
