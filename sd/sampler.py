@@ -99,15 +99,23 @@ def with_text(unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor)
     return denoiser
 
 
-def guide(away: Tensor, towards: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: away from one prediction, towards the other (Ho & Salimans, arXiv:2207.12598)."""
-    return away + scale * (towards - away)
+def guide(away: Tensor, towards: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance: away from one prediction, towards the other (Ho & Salimans, arXiv:2207.12598).
+
+    rescale takes back so much, 0 to 1, of what that adds to the contrast (arXiv:2305.08891, formulas 15 and 16).
+    """
+    result = away + scale * (towards - away)
+    if not rescale:
+        return result
+    dims = tuple(range(1, result.ndim))
+    as_before = result * (towards.std(dims, keepdim=True) / result.std(dims, keepdim=True))
+    return rescale * as_before + (1 - rescale) * result
 
 
 def guided(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, negative: Tensor, scale: float
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, negative: Tensor, *how: float
 ) -> Denoiser:
-    """Guided away from `negative`, towards `context`.
+    """Guided away from `negative`, towards `context`; how: scale and rescale of `guide`.
 
     One call with the batch doubled, the negative half first, as in ldm and diffusers.
     """
@@ -116,7 +124,7 @@ def guided(
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
         with announced(half="both"):
             away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return guide(away, towards, scale)
+        return guide(away, towards, *how)
 
     return denoiser
 
@@ -156,7 +164,7 @@ class Request:
     prompts: list[str] | None  # one text an image; None where embeddings were given
     context: Tensor  # (B, 77, C)
     negative: Tensor | None  # (B, 77, C), or None where there is no guidance
-    guidance_scale: float
+    guidance: tuple[float, float]  # scale and rescale
     height: int
     width: int
     seeds: list[int]  # one an image
@@ -191,6 +199,7 @@ class SimpleSampler:
         negative_prompt       what to stay away from; one for all prompts, or one for each
         num_inference_steps   1 to 1000
         guidance_scale        at 1 or less there is no guidance, and half the work
+        guidance_rescale      0.0 to 1.0: how much of the contrast that guidance adds is taken back
         height, width         in pixels, multiples of 8
         num_images_per_prompt 1
         seed                  0; image i starts from the noise of seed + i
@@ -257,6 +266,7 @@ class SimpleSampler:
         negative_prompt: Prompt | None = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -281,7 +291,8 @@ class SimpleSampler:
         guidance_scale = usual.guidance_scale if guidance_scale is None else guidance_scale
         if scheduler is None or isinstance(scheduler, str):
             scheduler = usual.make_scheduler(scheduler, num_inference_steps, eta)
-        check_numbers(guidance_scale, num_images_per_prompt, seed)
+        guidance = guidance_scale, plain(guidance_rescale)
+        check_numbers(*guidance, num_images_per_prompt, seed)
         if image is None and mask_image is not None:
             raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")
         f, channels = self.model.vae.config.downsampling, self.model.vae.config.z_channels
@@ -318,7 +329,7 @@ class SimpleSampler:
             counts = len(context), num_images_per_prompt
             pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts, f)
             scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
-        return Request(texts, context, negative, guidance_scale, height, width, seeds, scheduler, latents, pictures)
+        return Request(texts, context, negative, guidance, height, width, seeds, scheduler, latents, pictures)
 
     def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
         """(P, 77, C) on the UNet's device; `count`: how many are wanted, where it is known."""
@@ -371,7 +382,7 @@ class SimpleSampler:
         if request.negative is None:
             yield with_text(unet, request.context)
         else:
-            yield guided(unet, request.context, request.negative, request.guidance_scale)
+            yield guided(unet, request.context, request.negative, *request.guidance)
 
     def finish(self, latents: Tensor, request: Request, output_type: str = "pil") -> list[Image.Image] | Tensor:
         """`decode`, and the request's own picture where its mask is black."""

@@ -211,7 +211,9 @@ def test_the_content_of_a_config_is_recorded_and_used_again(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(config))
     drawing = drawing_of({"prompt": "a red star", "config": str(tmp_path / "c.json")})
     assert drawing.config == config
-    request = SimpleNamespace(scheduler=make_scheduler("ddim", 3), guidance_scale=2, height=8, width=8, pictures=None)
+    request = SimpleNamespace(
+        scheduler=make_scheduler("ddim", 3), guidance=(2, 0.0), height=8, width=8, pictures=None
+    )
     used = settings_used(drawing, SimpleNamespace(dtype="torch.float32"), request)
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS | used | {"model_hash": "ab", "seed": 3})
     again = drawing_of({"again": str(tmp_path / "a.png")})

@@ -172,7 +172,7 @@ class Counting:
         return SimpleNamespace(
             images=num_images_per_prompt,
             scheduler=scheduler,
-            guidance_scale=7.5,
+            guidance=(7.5, 0.0),
             height=8,
             width=8,
             timesteps=[1.0],

@@ -20,7 +20,7 @@ PROMPT = "a red star above a blue ring"
 V = {"prediction_type": "v_prediction"}
 
 
-def theirs(model, settings, steps, guidance=4.0):
+def theirs(model, settings, steps, **options):
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers_vae(model),
@@ -34,7 +34,8 @@ def theirs(model, settings, steps, guidance=4.0):
     )
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    return pipeline(PROMPT, generator=generator, num_inference_steps=steps, guidance_scale=guidance).images
+    options = {"guidance_scale": 4.0} | options
+    return pipeline(PROMPT, generator=generator, num_inference_steps=steps, **options).images
 
 
 # DPM++ SDE's noise is that of a Brownian tree in diffusers: its steps are compared in test_solvers.py.
@@ -164,3 +165,27 @@ def test_a_name_with_a_spacing_can_be_a_default(tiny):
     request = sd.SimpleSampler(model).request(PROMPT)
     assert request.scheduler == sd.make_scheduler("DPM++ 2M Karras", 9)
     assert find_name(model.defaults.scheduler) == ("dpmpp_2m", "karras")
+
+
+@pytest.mark.parametrize("variant", ["simple", "lean"])
+@pytest.mark.parametrize("scheduler", ["pndm", "euler_a"])
+def test_guidance_rescale_is_that_of_diffusers(tiny, scheduler, variant):
+    expected = theirs(tiny, config(scheduler), 6, guidance_scale=9.0, guidance_rescale=0.7)
+    sampler = sd.SimpleSampler(tiny) if variant == "simple" else sd.LeanSampler(tiny)
+    call = {"seed": 3, "num_inference_steps": 6, "scheduler": scheduler, "guidance_scale": 9.0}
+    got = sampler(PROMPT, **call, guidance_rescale=0.7)
+    assert np.abs(pixels(got) - pixels(expected)).max() <= (variant == "lean")
+    assert np.abs(pixels(got) - pixels(sampler(PROMPT, **call))).max() > 10
+
+
+def test_guidance_is_rescaled_for_each_image_alone(tiny):
+    call = {"num_inference_steps": 4, "guidance_scale": 9.0, "guidance_rescale": 0.7, "output_type": "latent"}
+    both = sd.SimpleSampler(tiny)([PROMPT, "a blue cross"], seed=3, **call)
+    alone = sd.SimpleSampler(tiny)("a blue cross", seed=4, **call)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rescale", [-0.1, 1.1, "x", float("nan"), True])
+def test_a_rescale_that_cannot_be(tiny, rescale):
+    with pytest.raises(ValueError, match="guidance_rescale must be a number from 0 to 1"):
+        sd.SimpleSampler(tiny)(PROMPT, guidance_rescale=rescale)

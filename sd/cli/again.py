@@ -83,6 +83,7 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "height": whole(8, 8192),
     "width": whole(8, 8192),
     "guidance_scale": real(0, 100),
+    "guidance_rescale": real(0, 1),
     "eta": real(0, 1),
     "ema": lambda value: isinstance(value, bool),
     "image": name,

@@ -181,6 +181,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--guidance", dest="guidance_scale", type=number, metavar="G", help="How closely to follow the prompt, 0 to "
         "100. At 1 or less, --negative has no effect. Default: the model's own; 7.5 for Stable Diffusion "
         "v1.")  # fmt: skip
+    add("--guidance-rescale", type=number, metavar="R", help="How much of the contrast that guidance adds is taken "
+        "back, 0 to 1; 0.7 is usual for models whose noise goes to the end. Default: 0.")  # fmt: skip
     add("--seed", type=seed, metavar="N", help="Which noise to start from; -1 or random: any, and the command says "
         "which. The next picture starts from the next seed. Default: 0.")  # fmt: skip
     add("--height", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")

@@ -37,6 +37,7 @@ class Drawing:
     seed: int = 0  # of the first picture
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float | None = None
     height: int | None = None
     width: int | None = None
     scheduler: str | Scheduler | None = None
@@ -82,7 +83,8 @@ class Drawing:
     @property
     def call(self) -> dict[str, Any]:
         """The arguments of a sampler, but for the prompt, the seed, and what is left to the model."""
-        names = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "scheduler", "eta")
+        names = ["negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width"]
+        names += ["scheduler", "eta"]
         return {n: value for n in names if (value := getattr(self, n)) is not None} | dict(self.given or {})
 
     @property
@@ -140,7 +142,7 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
         asked["hires_strength"] = HIRES_STRENGTH
     return asked | {
         "num_inference_steps": scheduler.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
+        "guidance_scale": request.guidance[0],
         "scheduler": scheduler_name(scheduler),
         "solver_options": {
             f.name: value

@@ -16,6 +16,7 @@ LINE = 1000  # characters of a line that are shown at most
 OPTIONS = {  # what the library calls by the name of an argument, and the command by that of an option
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
+    "guidance_rescale": "--guidance-rescale",
     "negative_prompt": "--negative",
     "num_images_per_prompt": "--count",
     "mask_image": "--mask",

@@ -114,7 +114,7 @@ class LeanSampler(SimpleSampler):
                 else:
                     with announced(half="both"):
                         away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
-                return guide(away, towards, request.guidance_scale)
+                return guide(away, towards, *request.guidance)
 
         try:
             yield denoiser

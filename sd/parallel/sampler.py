@@ -180,7 +180,7 @@ class ParallelSampler(SimpleSampler):
         if request.negative is None:
             yield with_text(unet, request.context)
         elif split.guidance == 1:
-            yield guided(unet, request.context, request.negative, request.guidance_scale)
+            yield guided(unet, request.context, request.negative, *request.guidance)
         else:
             context, half = ((request.negative, "uncond"), (request.context, "cond"))[place.guidance]
             pair = Ranks([split.rank(place.image, g, place.rows) for g in (0, 1)], self.traffic)
@@ -189,7 +189,7 @@ class ParallelSampler(SimpleSampler):
                 with announced(half=half):
                     own = unet(x, t, context)
                 away, towards = pair.gather(own, [own.shape] * 2)
-                return guide(away, towards, request.guidance_scale)
+                return guide(away, towards, *request.guidance)
 
             yield denoiser
 
@@ -240,14 +240,14 @@ class ParallelSampler(SimpleSampler):
             parts = (self.model.unet, self.model.vae, self.model.text)
             state = [item for part in parts for item in part.state_dict().items()]
             self._weights = digest(*(part for name, tensor in state for part in (name, tensor)))
-        scheduler, schedule = request.scheduler, request.scheduler.schedule
+        scheduler = request.scheduler
         return {
             "the weights": self._weights,
-            "the prompts": digest(request.context, request.negative, request.guidance_scale),
+            "the prompts": digest(request.context, request.negative, request.guidance),
             "the size": f"{request.width} x {request.height}",
             "the seeds": digest(request.seeds, request.latents),
             "the pictures": digest(*vars(request.pictures).values()) if request.pictures else "",
-            "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler.timesteps, scheduler.eta, schedule)}",
+            "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler)}",
             "the dtype": self.model.dtype,
         }
 

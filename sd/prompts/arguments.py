@@ -45,9 +45,11 @@ def refuse_unknown(names: Iterable[str]) -> None:
         raise UnknownArgumentError(f"Samplers take no argument {name}: {hint}.")
 
 
-def check_numbers(guidance_scale: Any, num_images_per_prompt: Any, seed: Any) -> None:
+def check_numbers(guidance_scale: Any, guidance_rescale: Any, num_images_per_prompt: Any, seed: Any) -> None:
     if not is_number(guidance_scale) or not 0 <= guidance_scale <= 100:
         raise ValueError(f"guidance_scale must be a number from 0 to 100 (7.5 is usual), not {guidance_scale!r}.")
+    if not is_number(guidance_rescale) or not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be a number from 0 to 1, not {guidance_rescale!r}.")
     if not is_whole(num_images_per_prompt) or not 1 <= num_images_per_prompt <= 1000:
         raise ValueError(
             f"num_images_per_prompt must be a whole number from 1 to 1000, not {num_images_per_prompt!r}."

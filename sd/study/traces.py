@@ -171,7 +171,8 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
     settings = {
         "prompt": prompt if isinstance(prompt, str | list) else None,  # else embeddings
         "negative_prompt": negative if isinstance(negative, str | list) else None,
-        "guidance_scale": request.guidance_scale,
+        "guidance_scale": request.guidance[0],
+        "guidance_rescale": request.guidance[1],
         "num_inference_steps": scheduler.num_inference_steps,
         "scheduler": scheduler_name(scheduler),
         "eta": scheduler.eta,
