@@ -9,7 +9,14 @@ difference of each is printed. It needs diffusers (`pip install -e ".[compare]"`
 import torch
 
 import sd
-from sd.compare.reference import diffusers_scheduler, diffusers_unet, diffusers_vae, random_model
+from sd.compare.reference import (
+    diffusers_scheduler,
+    diffusers_unet,
+    diffusers_vae,
+    random_model,
+    transformers_text,
+    transformers_tokenizer,
+)
 
 PROMPT, STEPS, GUIDANCE, SEED = "a red star", 3, 7.5, 3
 
@@ -27,11 +34,12 @@ def main() -> float:
     unet, vae, solver = diffusers_unet(model), diffusers_vae(model), diffusers_scheduler("pndm")
     worst = []
 
-    # The text. diffusers has no encoder of its own: it calls the one of transformers, as `model.text` does.
+    # The text. diffusers has no encoder of its own: it calls the one of transformers.
     texts = ["", PROMPT]  # the negative half first, in both libraries
     ours = model.encode_prompt(texts)
-    tokens = model.text.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    theirs = model.text.model(tokens.input_ids)[0]
+    tokenizer, encoder = transformers_tokenizer(model.text), transformers_text(model.text)
+    tokens = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    theirs = encoder(tokens.input_ids)[0]
     worst.append(show("embeddings", ours, theirs))
     context = theirs
 

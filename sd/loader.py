@@ -17,7 +17,8 @@ import torch
 
 from .files import read_json
 from .model import StableDiffusion
-from .text import TextEncoder, Texts
+from .prompts.encoder import TextEncoder
+from .text import Texts, own_names
 from .weights import names
 from .weights.checkpoint import write_safetensors
 from .weights.configs import LoadError
@@ -102,14 +103,13 @@ def build(
     unet, vae, text = modules(found, config)
     unet.load_state_dict(found.parts["unet"], strict=True, assign=True)
     vae.load_state_dict(found.parts["vae"], strict=True, assign=True)
-    goal: dict[str, Any] = {}
+    text.load_state_dict(own_names(found.parts["text"]), strict=True, assign=True)
     if devices and dtypes:
-        leave_in_file(unet, devices["unet"], dtypes["unet"])
-        leave_in_file(vae, devices["vae"], dtypes["vae"])
-        goal = {"device": devices["text"], "dtype": dtypes["text"]}
+        for name, part in (("unet", unet), ("vae", vae), ("text", text)):
+            leave_in_file(part, devices[name], dtypes[name])
     try:
-        encoder = TextEncoder(text, found.parts["text"], texts, found.known_words, **goal)
-        check_added(text.vocab_size, {} if callable(texts) else texts)
+        encoder = TextEncoder(text.eval().requires_grad_(False), texts, found.known_words)
+        check_added(text.config.vocab_size, {} if callable(texts) else texts)
     except ValueError as error:
         raise LoadError(
             f"{found.name} and its tokenizer do not fit: {error}; give another as tokenizer= (--tokenizer)."
@@ -183,12 +183,9 @@ def save(
     }
     tensors: dict[str, torch.Tensor] = {}
     types: dict[str, torch.dtype] = {}
-    for part, module in (("unet", model.unet), ("vae", model.vae)):
+    for part, module in (("unet", model.unet), ("vae", model.vae), ("text", model.text.model)):
         for name, tensor, own in tensors_of(module):  # as it lies in the file, and converted when it is its turn
             tensors[names.PREFIXES[part] + name], types[names.PREFIXES[part] + name] = tensor, dtype or own
-    for name, tensor in model.text.stored().items():
-        tensors[names.PREFIXES["text"] + name] = tensor
-        types[names.PREFIXES["text"] + name] = dtype or model.text.dtype
     header = {"format": "pt", METADATA: json.dumps(ours), "modelspec.prediction_type": model.defaults.prediction_type}
     write_safetensors(path, tensors, header, types, force=force)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .text import TextEncoder
+from .prompts.encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
 from .weights.defaults import Defaults
@@ -66,7 +66,7 @@ class StableDiffusion:
         """Move or convert the three parts in place, and return the model."""
         self.unet.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
-        self.text.to(device=device, dtype=dtype)
+        self.text.model.to(device=device, dtype=dtype)
         return self
 
     def with_parts(self, unet: UNet, vae: VAE, text: TextEncoder) -> StableDiffusion:

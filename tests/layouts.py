@@ -20,6 +20,7 @@ from sd.compare.reference import (
     hub_tensors,
     random_tensors,
     tokenizer_files,
+    transformers_text,
 )
 from sd.compare.reference import random_model as make_model
 from sd.text import TextConfig, text_shapes
@@ -104,8 +105,9 @@ def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False,
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     schedule |= {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
     PNDMScheduler.from_config(schedule).save_config(folder / "scheduler")
-    model.text.model.config.architectures = ["CLIPTextModel"]
-    model.text.model.config.save_pretrained(folder / "text_encoder")
+    config = transformers_text(model.text).config
+    config.architectures = ["CLIPTextModel"]
+    config.save_pretrained(folder / "text_encoder")
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
     (write_tokenizer(folder / "tokenizer") / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}

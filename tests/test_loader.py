@@ -389,7 +389,7 @@ def test_parts_on_different_devices():
     model = sd.load("shapes", device={"unet": "cpu", "vae": "meta"}, dtype=torch.float32)
     assert computes_in(model.vae)[0].type == "meta"
     assert {p.device.type for p in model.unet.parameters()} == {"cpu"}
-    assert model.text.device.type == "cpu"
+    assert computes_in(model.text.model)[0].type == "cpu"
     latents = sd.SimpleSampler(model)("a red star", num_inference_steps=2, output_type="latent")
     assert latents.device.type == "cpu"
     assert model.vae.decode(latents.to("meta")).shape == (1, 3, 128, 128)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sd
+from sd.compare.reference import transformers_text, transformers_tokenizer
 from sd.text import TextConfig
 from sd.unet import timestep_embedding
 from tests.layouts import UNET, diffusers_unet, diffusers_vae, make_model
@@ -142,9 +143,10 @@ def test_chunked_attention_in_the_whole_model(double):
 def test_text_encoder(double):
     """As StableDiffusionPipeline.encode_prompt does it."""
     prompts = ["a red star", "", "Über den Wolken: 123 stars!"]
-    tokens = double.text.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    how = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    tokens = transformers_tokenizer(double.text)(prompts, **how)
     with torch.no_grad():
-        expected = double.text.model(tokens.input_ids)[0]
+        expected = transformers_text(double.text)(tokens.input_ids)[0]
     assert torch.equal(double.encode_prompt(prompts), expected)
     assert expected.shape == (3, 77, UNET.context_dim)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sd
-from sd.compare.reference import random_model
+from sd.compare.reference import random_model, transformers_text, transformers_tokenizer
 from sd.pictures import alpha_mask, extend, from_enlarged, read_picture
 from sd.pictures.given import on_white
 from sd.pictures.inversion import step_back
@@ -47,8 +47,8 @@ def theirs(model, kind, scheduler, steps, seeds=(3,), **options):
     diffusers = pytest.importorskip("diffusers")
     pipeline = getattr(diffusers, kind)(
         vae=diffusers_vae(model),
-        text_encoder=model.text.model,
-        tokenizer=model.text.tokenizer,
+        text_encoder=transformers_text(model.text),
+        tokenizer=transformers_tokenizer(model.text),
         unet=diffusers_unet(model),
         scheduler=theirs_of(config(scheduler)),
         safety_checker=None,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import sd
+from sd.compare.reference import transformers_text, transformers_tokenizer
 from sd.model import Defaults
 from sd.scheduler import SCHEDULERS, find_name
 from tests.layouts import compvis_tensors, diffusers_unet, diffusers_vae, write_ckpt, write_hub, write_tokenizer
@@ -24,8 +25,8 @@ def theirs(model, settings, steps, **options):
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers_vae(model),
-        text_encoder=model.text.model,
-        tokenizer=model.text.tokenizer,
+        text_encoder=transformers_text(model.text),
+        tokenizer=transformers_tokenizer(model.text),
         unet=diffusers_unet(model),
         scheduler=theirs_of(settings),
         safety_checker=None,
@@ -44,8 +45,9 @@ def test_a_picture_by_each_solver_is_that_of_diffusers(tiny, scheduler):
     expected = theirs(tiny, config(scheduler), 8)
     call = {"seed": 3, "num_inference_steps": 8, "guidance_scale": 4.0}
     got = sd.SimpleSampler(tiny)(PROMPT, scheduler=scheduler, **call)
-    # LMS integrates its polynomials by an adaptive rule in diffusers, exactly here; DPM2 a rounds in another order.
-    assert np.abs(pixels(got) - pixels(expected)).max() <= (scheduler in ("lms", "dpm2_a"))
+    # LMS integrates its polynomials by an adaptive rule in diffusers, exactly here; and the fractional timesteps of
+    # DPM2's midpoints come from NumPy's logarithms there, a last bit of float32 away.
+    assert np.abs(pixels(got) - pixels(expected)).max() <= (scheduler in ("lms", "dpm2", "dpm2_a"))
 
 
 TRAILING = {"timestep_spacing": "trailing"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sd
+from sd.compare.reference import transformers_text, transformers_tokenizer
 from sd.sampler import denoise, guided
 from tests.layouts import diffusers_unet, diffusers_vae, make_model
 
@@ -31,8 +32,8 @@ def diffusers_images(model, scheduler, prompt=PROMPT, seeds=(3,), **options):
         made = diffusers.LMSDiscreteScheduler.from_config(made.config)
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers_vae(model),
-        text_encoder=model.text.model,
-        tokenizer=model.text.tokenizer,
+        text_encoder=transformers_text(model.text),
+        tokenizer=transformers_tokenizer(model.text),
         unet=diffusers_unet(model),
         scheduler=made,
         safety_checker=None,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import sd
+from sd.compare.reference import transformers_tokenizer
 from sd.text import TextConfig
 from sd.weights.configs import config_of, fits
 from tests.layouts import compvis_tensors, write_ckpt, write_hub, write_tokenizer
@@ -82,8 +83,8 @@ def refused(source, *words, **options):
             "hidden_act": "nothing", "num_attention_heads": 5, "num_hidden_layers": "x", "vocab_size": 10**12,
         }.items()),
         *(("scheduler/scheduler_config.json", key, value) for key, value in {
-            "beta_schedule": "linear", "beta_end": 0.0001, "num_train_timesteps": 1,
-            "trained_betas": [0.1], "rescale_betas_zero_snr": True,
+            "beta_schedule": "cosine", "beta_end": 0.0001, "num_train_timesteps": 1,
+            "trained_betas": [0.1], "rescale_betas_zero_snr": "yes",
         }.items()),
     ],
 )  # fmt: skip
@@ -119,7 +120,7 @@ def test_a_folder_with_tokenizer_json_alone(tiny, hub, tmp_path):
     """What save_pretrained of transformers 5 leaves; the model's own tokenizer must not be passed over."""
     folder = shutil.copytree(hub, tmp_path / "hub")
     shutil.rmtree(folder / "tokenizer")
-    tiny.text.tokenizer.save_pretrained(folder / "tokenizer")
+    transformers_tokenizer(tiny.text).save_pretrained(folder / "tokenizer")
     model = sd.load(folder)
     assert torch.equal(model.encode_prompt("a star"), tiny.encode_prompt("a star"))
 

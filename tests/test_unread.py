@@ -14,6 +14,7 @@ import torch
 
 import sd
 from sd.weights import unread
+from sd.weights.unread import computes_in
 from tests.layouts import compvis_tensors
 
 
@@ -53,8 +54,8 @@ def test_a_model_is_in_the_file_until_a_part_is_called(model):
     assert is_unread(model.unet)
     assert is_unread(model.vae)
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
-    assert model.text.dtype == torch.float32
-    assert {t.dtype for t in model.text.stored().values()} == {torch.float16}
+    assert computes_in(model.text.model)[1] == torch.float32
+    assert is_unread(model.text.model)
     model.unet(X, T, C)
     assert is_read(model.unet)
     assert is_unread(model.vae)
@@ -107,7 +108,7 @@ def test_conversion_is_from_what_the_part_computes_in(half):
     model.vae.decode(X.half())
     assert is_read(model.vae, torch.float16)
     model.to(dtype=torch.float64)
-    assert model.text.dtype == model.dtype == torch.float64
+    assert computes_in(model.text.model)[1] == model.dtype == torch.float64
 
 
 def test_a_module_that_was_converted_alone_stays_so(model):

@@ -20,7 +20,8 @@ from vocabulary import WORDS, tokenizer_files
 
 import sd
 from sd.model import Defaults
-from sd.text import TextConfig, TextEncoder
+from sd.prompts.encoder import TextEncoder, text_model
+from sd.text import TextConfig
 
 # The best of the table in README.md: 399 of 400 pictures are wholly right.
 BEST = Defaults(scheduler="ddim", num_inference_steps=30, guidance_scale=7.5)
@@ -39,7 +40,7 @@ def trained(folder: Path) -> sd.StableDiffusion:
     unet = sd.UNet(UNET)
     unet.load_state_dict(state("unet", "average"))
     config = TextConfig(**TEXT, vocab_size=text.clip.config.vocab_size)
-    encoder = TextEncoder(config, text.clip.state_dict(), tokenizer_files(), WORDS)
+    encoder = TextEncoder(text_model(config, text.clip.state_dict()), tokenizer_files(), WORDS)
     return sd.StableDiffusion(unet.eval(), vae.eval(), encoder, name="shapes", size=SIZE, defaults=BEST)
 
 

@@ -152,15 +152,12 @@ def compare_with_diffusers(
 
 def compare_text(model: StableDiffusion, texts: list[str], bound: float, repeats: int) -> Row:
     """Ours against transformers' CLIPTextModel as diffusers' encode_prompt calls it."""
-    fresh = model.text.with_tensors(model.text.state_dict())
-
-    for encoder in (model.text, fresh):
-        _ = encoder.model, encoder.tokenizer, encoder.ids("")  # made on first use, which is not to be measured
+    tokenizer, other = reference.transformers_tokenizer(model.text), reference.transformers_text(model.text)
+    how = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
 
     def theirs() -> Tensor:
-        length = fresh.tokenizer.model_max_length
-        tokens = fresh.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return fresh.model(tokens.input_ids.to(model.device), attention_mask=None)[0]
+        tokens = tokenizer(texts, return_tensors="pt", **how)
+        return other(tokens.input_ids.to(other.device), attention_mask=None)[0].to(model.device)
 
     return pair("text", lambda: model.encode_prompt(texts), theirs, bound, repeats)[0]
 

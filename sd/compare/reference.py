@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor, nn
 
 from ..attention import SpatialTransformer
 from ..model import StableDiffusion
+from ..prompts.encoder import TextEncoder, text_model
+from ..prompts.tokenizer import END, START
 from ..schedule import V1, NoiseSchedule
-from ..text import TextConfig, TextEncoder, text_shapes
+from ..text import TextConfig, text_shapes
 from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
 from ..vae import VAE, VAEConfig
 from ..weights import names
@@ -86,7 +90,7 @@ def random_model(
         shapes = {key: tensor.shape for key, tensor in part.state_dict().items()}
         part.load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
     shapes = {key: torch.Size(shape) for key, shape in text_shapes(text).items()}
-    encoder = TextEncoder(text, random_tensors(shapes, 2, dtype), tokenizer_files())
+    encoder = TextEncoder(text_model(text, random_tensors(shapes, 2, dtype)), tokenizer_files())
     return StableDiffusion(parts[0].eval(), parts[1].eval(), encoder, name=name, size=size)
 
 
@@ -99,7 +103,39 @@ def random_model_of(kind: str, dtype: torch.dtype) -> StableDiffusion:
     return random_model(dtype=dtype, name="random weights, small size")
 
 
-# ---- diffusers with our weights
+# ---- transformers, and diffusers, with our weights
+
+
+def transformers_tokenizer(text: TextEncoder) -> Any:
+    """transformers' CLIPTokenizer of the same files."""
+    from transformers import AddedToken, CLIPTokenizer
+
+    more: dict[str, Any] = {"model_max_length": text.config.max_position_embeddings}
+    if words := json.loads(text.texts.get("added_tokens.json", "[]")):
+        more["added_tokens_decoder"] = {word.pop("id"): AddedToken(**word) for word in words}
+    with tempfile.TemporaryDirectory() as folder:  # transformers 4 takes files only
+        paths = [Path(folder, name) for name in ("vocab.json", "merges.txt")]
+        for path in paths:
+            path.write_text(text.texts[path.name], encoding="utf-8")
+        return CLIPTokenizer(*map(str, paths), **more)
+
+
+def transformers_text(text: TextEncoder) -> Any:
+    """transformers' CLIPTextModel with the same weights, in the same memory; of either age of its layout."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    numbers = json.loads(text.texts["vocab.json"])
+    ends = {"bos_token_id": numbers[START], "eos_token_id": numbers[END], "pad_token_id": numbers[END]}
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(**asdict(text.config), **ends))
+    prefix = "text_model." if any(n.startswith("text_model.") for n in model.state_dict()) else ""
+    tensors = text.state_dict()
+    model.load_state_dict({prefix + name: t for name, t in tensors.items()}, assign=True)
+    device = next(iter(tensors.values())).device
+    for module in model.modules():  # a buffer that no file holds, so it is still on meta
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(text.config.max_position_embeddings, device=device)[None]
+    return model.eval().requires_grad_(False)
 
 
 def diffusers() -> Any:

@@ -86,7 +86,8 @@ class LeanSampler(SimpleSampler):
 
     def encode_prompt(self, texts: list[str]) -> Tensor:
         weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
-        text = self.model.text.with_model(copy_of(self.model.text.as_stored().model, Streamed(weights)))
+        with at_rest(self.model.text.model):
+            text = self.model.text.with_model(copy_of(self.model.text.model, Streamed(weights)))
         with self.stage("text encoder"), torch.no_grad():
             return text.encode(texts).to(device=self.model.device, dtype=self.model.dtype)
 

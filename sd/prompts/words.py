@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..text import TextEncoder
+from .encoder import TextEncoder
 
 
 def token_ids(text: TextEncoder, prompt: str) -> list[int]:
@@ -15,11 +15,11 @@ def words_of(text: TextEncoder, prompt: str) -> list[tuple[str, list[int]]]:
     result: list[tuple[str, list[int]]] = []
     word: list[int] = []
     ids = token_ids(text, prompt)[:-1]
-    ends = text.ends(ids)
+    ends = text.tokenizer.ends(ids)
     for i in range(1, len(ids)):  # after the start
         word.append(i)
         if ends[i] or i == len(ids) - 1:
-            result.append((text.text_of([ids[k] for k in word]), word))
+            result.append((text.tokenizer.text_of([ids[k] for k in word]), word))
             word = []
     return result
 
@@ -31,7 +31,7 @@ def find_word(text: TextEncoder, prompt: str, word: str, occurrence: int | None 
     Raises ValueError where the prompt does not have it, or not so often.
     """
     ids, wanted = token_ids(text, prompt)[1:-1], text.ids(word, "word")[1:-1]
-    ends = text.ends(ids)
+    ends = text.tokenizer.ends(ids)
     found = [
         list(range(i + 1, i + 1 + len(wanted)))
         for i in range(len(ids))

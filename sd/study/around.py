@@ -25,8 +25,10 @@ class Around:
     All instruments on a module share one, so that each acts whatever the others do, and in whatever order they came.
     """
 
-    def __init__(self, inner: Attention, looks: tuple[Look, ...] = (), changes: tuple[Change, ...] = ()):
-        self.inner, self.looks, self.changes = inner, looks, changes
+    def __init__(
+        self, inner: Attention, looks: tuple[Look, ...] = (), changes: tuple[Change, ...] = (), causal: bool = False
+    ):
+        self.inner, self.looks, self.changes, self.causal = inner, looks, changes, causal
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for look in self.looks:
@@ -34,10 +36,19 @@ class Around:
         if not self.changes:
             return self.inner(q, k, v)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        probs = changed = torch.softmax(q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5, dim=-1)
+        probs = changed = probabilities(q.to(dtype), k.to(dtype), self.causal)
         for change in self.changes:
             changed = change(changed, (q, k, v))
         return self.inner(q, k, v) if changed is probs else (changed @ v.to(dtype)).to(q.dtype)
+
+
+def probabilities(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
+    """q (B, heads, T, D), k (B, heads, S, D) -> (B, heads, T, S); causal: no token sees those after it."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return torch.softmax(scores, dim=-1)
 
 
 @contextmanager
@@ -52,9 +63,9 @@ def around_attention(module: Any, *, look: Look | None = None, changes: Iterable
 
     def before(m: Any, args: Any) -> None:
         inner.setdefault(m, []).append(m.attend)
-        around = m.attend if isinstance(m.attend, Around) else Around(m.attend)
+        around = m.attend if isinstance(m.attend, Around) else Around(m.attend, causal=getattr(m, "causal", False))
         if not {*around.looks, *around.changes} >= {*looks, *changes}:  # else another thread has put them on
-            m.attend = Around(around.inner, around.looks + looks, around.changes + changes)
+            m.attend = Around(around.inner, around.looks + looks, around.changes + changes, around.causal)
 
     def after(m: Any, args: Any, out: Any) -> None:
         if kept := inner.get(m):

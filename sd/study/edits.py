@@ -44,11 +44,9 @@ def names(model: Any, pattern: str = "*", *, vae: bool = True, text: bool = True
     """
     model = model_of(model)
     parts = {"unet": model.unet} | {name: m for name, m in model.unet.named_modules() if name}
-    for part, root in (("vae", lambda: model.vae), ("text", lambda: model.text.model)):
-        if vae if part == "vae" else text:  # the text encoder is not imported before it is wanted
-            parts |= {
-                f"{part}.{name.removeprefix('text_model.')}".rstrip("."): m for name, m in root().named_modules()
-            }
+    for part, root in (("vae", model.vae), ("text", model.text.model)):
+        if vae if part == "vae" else text:
+            parts |= {f"{part}.{name}".rstrip("."): m for name, m in root.named_modules()}
     return _matching(parts, pattern)
 
 

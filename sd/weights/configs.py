@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..files import PlainError
-from ..text import TextConfig
+from ..text import ACTIVATIONS, TextConfig
 from ..unet import UNetConfig, topology
 from ..vae import VAEConfig
 from .names import CHANNELS, CONTEXTS, Tensors
@@ -214,7 +214,6 @@ def text_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # ---- whether they can be
 
-ACTIVATIONS = ("quick_gelu", "gelu")  # of a text encoder; v1's is the first
 LIST = 8  # the most levels of a UNet or a VAE
 LAYERS = 512  # the most layers of a UNet; v1 has 59, SDXL 107
 
@@ -242,7 +241,7 @@ def fits(field: str, value: Any) -> bool:
         return all(type(n) is int and 0 < n <= SEVERAL[field] for n in value)
     if field in FACTORS:
         return type(value) in (int, float) and 0 < value < FACTORS[field]
-    return field == "hidden_act" and value in ACTIVATIONS
+    return field == "hidden_act" and isinstance(value, str) and value in ACTIVATIONS
 
 
 def config_of(kind: type, settings: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..files import SmallFileError, parse_json, read_json
 from ..schedule import PREDICTIONS
-from ..text import TextConfig, own_names, text_shapes
+from ..text import CLIPText, TextConfig, own_names
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from . import hub, layout, names
@@ -275,16 +275,16 @@ def sizes(found: Source, config: Mapping[str, Any]) -> tuple[UNetConfig, VAEConf
     return tuple(result)
 
 
-def modules(found: Source, config: Mapping[str, Any]) -> tuple[UNet, VAE, TextConfig]:
-    """UNet and VAE on the meta device, and the sizes of the text encoder.
+def modules(found: Source, config: Mapping[str, Any]) -> tuple[UNet, VAE, CLIPText]:
+    """The three networks on the meta device.
 
     Raises LoadError, naming some tensors, unless the source has just those of the three parts.
     """
-    unet_config, vae_config, text = sizes(found, config)
+    unet_config, vae_config, text_config = sizes(found, config)
     with torch.device("meta"):
-        unet, vae = UNet(unet_config), VAE(vae_config)
-    for part, shapes in (("unet", shapes_of(unet)), ("vae", shapes_of(vae)), ("text", text_shapes(text))):
-        check(found, part, shapes)
+        unet, vae, text = UNet(unet_config), VAE(vae_config), CLIPText(text_config)
+    for part, module in (("unet", unet), ("vae", vae), ("text", text)):
+        check(found, part, shapes_of(module))
     return unet, vae, text
 
 
