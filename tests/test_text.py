@@ -20,7 +20,7 @@ from sd.compare.reference import random_model, random_tensors, transformers_text
 from sd.prompts.encoder import TextEncoder, text_model
 from sd.prompts.tokenizer import check_tokenizer
 from sd.prompts.words import find_word
-from sd.text import TextConfig, text_shapes
+from sd.text import CLIPText, TextConfig, text_shapes
 from sd.weights import tokenizer
 from sd.weights.tokenizer import read_tokenizer
 from tests.layouts import TEXT, tokenizer_files, write_tokenizer
