@@ -94,8 +94,11 @@ class CLIPEmbeddings(nn.Module):
 
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        tables = [torch.empty(n, c.hidden_size) for n in (c.vocab_size, c.max_position_embeddings)]
+        for table in tables:
+            if not table.is_meta:  # there it would import torch's compiler: 2 seconds, and 77 MB
+                nn.init.normal_(table)
+        self.token_embedding, self.position_embedding = (nn.Embedding(*t.shape, _weight=t) for t in tables)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)

@@ -18,7 +18,7 @@ from .bands import Choice
 
 # Libraries' own on the CPU, measured: importing transformers' CLIP takes 112 MB (it brings torch.distributed, sympy
 # and, where there is one, scipy), the rest are kernels that oneDNN compiles, and their threads' heaps.
-PROCESS = 125_000_000
+PROCESS = 80_000_000
 
 
 @dataclass(frozen=True)

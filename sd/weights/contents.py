@@ -88,7 +88,7 @@ def format_info(facts: Mapping[str, Any]) -> str:
     none = "none of its own: CLIP's is looked for when a text is encoded"
     lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else none}")
     if usual := facts["defaults"]:
-        options = "".join(f", {key}={printable(value, 60)}" for key, value in usual["options"].items())
+        options = "".join(f", {key}={printable(value, 60)}" for key, value in usual.get("options", {}).items())
         lines.append(
             f"draws with    {usual['scheduler']}{options}, {usual['num_inference_steps']} steps, guidance "
             f"{usual['guidance_scale']:g}; the UNet predicts {MEANS[usual['prediction_type']]}"

@@ -72,7 +72,7 @@ class Defaults:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the header of a file; `from_dict` takes it."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "options" or value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Defaults:
