@@ -196,7 +196,7 @@ def pictures(model: sd.StableDiffusion, parts: dict, context: Tensor, args: argp
 
 def given(context: Tensor) -> Callable[[list[str]], Tensor]:
     """In place of `encode_prompt`: the first for no words, which are the negative prompt, the second for others."""
-    return lambda texts: context[:1] if texts == [""] else context[1:]
+    return lambda texts, **how: context[:1] if texts == [""] else context[1:]
 
 
 def little_memory(cpu: sd.StableDiffusion, folder: Path) -> dict:

@@ -4,7 +4,7 @@
     python -m benchmarks.memory --budgets 300MB 600MB --size 768x520 --steps 1 --only lean
 
 The weights are random, in one float16 file (for diffusers, the same in the Hub's layout). Each run is a process
-that has imported torch and transformers; memory is counted from there, sampled every 5 ms from
+that has imported torch; memory is counted from there, sampled every 5 ms from
 /proc/self/smaps-like counters in /proc/self/status: RssAnon is what a process needs, RssFile is the page cache's
 and can be dropped by the system at any time, VmHWM is the peak of both with the libraries' own.
 The order of runs is interleaved, and times are ratios to SimpleSampler in the same dtype.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 WATCH = """
 import json, sys, threading, time
-import torch, transformers
+import torch
 def status():
     wanted = ("RssAnon", "RssFile", "VmHWM")
     return {k: int(v.split()[0]) * 1024 for k, v in (l.split(":") for l in open("/proc/self/status")) if k in wanted}

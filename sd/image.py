@@ -66,6 +66,8 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     }
     if settings.get("eta"):
         fields["Eta"] = settings["eta"]
+    if settings.get("clip_skip"):
+        fields["Clip skip"] = settings["clip_skip"] + 1  # as AUTOMATIC1111 counts
     lines = [settings["prompt"]]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

@@ -57,10 +57,12 @@ class StableDiffusion:
         self.files.check()
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: str | list[str]) -> Tensor:
-        """Texts -> (B, 77, C), for the UNet; see `TextEncoder.encode` for warnings and errors."""
+    def encode_prompt(
+        self, prompts: str | list[str], prompt_style: str = "plain", clip_skip: int | None = None
+    ) -> Tensor:
+        """Texts -> (B, 77k, C), for the UNet; see `TextEncoder.encode` for the styles, warnings and errors."""
         self.check_file()
-        return self.text.encode(prompts).to(device=self.device, dtype=self.dtype)
+        return self.text.encode(prompts, prompt_style, clip_skip).to(device=self.device, dtype=self.dtype)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> StableDiffusion:
         """Move or convert the three parts in place, and return the model."""

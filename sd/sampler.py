@@ -25,7 +25,15 @@ from .image import to_pil
 from .model import StableDiffusion
 from .pictures import Pictures, Start, begin_from, beside, pasted
 from .pictures.given import pictures_in, size_of
-from .prompts.arguments import check_embeddings, check_numbers, checked_size, plain, prompt_list, refuse_unknown
+from .prompts.arguments import (
+    as_long_as_each_other,
+    check_embeddings,
+    check_numbers,
+    checked_size,
+    plain,
+    prompt_list,
+    refuse_unknown,
+)
 from .scheduler import Scheduler
 from .weights.unread import computes_in
 
@@ -43,6 +51,7 @@ class Call:
 
     run: int = field(default_factory=RUNS.__next__)  # which drawing; each has a number of its own
     prompts: list[str] | None = None  # one text an image; None where embeddings were given
+    style: str = "plain"  # in which they are written
     images: int = 0
     size: tuple[int, int] = (0, 0)  # height and width of the latents
     step: int = 0
@@ -172,6 +181,7 @@ class Request:
     latents: Tensor | None  # (B, 4, h, w)
     pictures: Pictures | None = None  # to draw from
     beside: Tensor | None = None  # (B, 5, h, w): what weights of 9 channels are told; known when the loop starts
+    style: str = "plain"  # in which the prompts are written
 
     @property
     def begin(self) -> int:
@@ -213,6 +223,8 @@ class SimpleSampler:
         mask_image            of the picture's size: what is white is drawn anew, what is black stays, grey is drawn
                               anew in the last of the steps; (n, 1, H, W) in [0, 1]
         paste                 True; pixels where the mask is black are the picture's own, with a seam of 4 pixels
+        prompt_style          "plain"; "a1111", "comfy": weights as (word:1.2), and prompts of any length
+        clip_skip             so many of the text encoder's last layers are left out; 1 is AUTOMATIC1111's 2
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
         prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
 
@@ -252,7 +264,7 @@ class SimpleSampler:
             while True:
                 # Entered for each step, not around the loop: the caller's code runs between two steps.
                 self.model.check_file()
-                with torch.no_grad(), announced(prompts=request.prompts):
+                with torch.no_grad(), announced(prompts=request.prompts, style=request.style):
                     step = next(steps, None)
                     if step is None:
                         return
@@ -278,6 +290,8 @@ class SimpleSampler:
         strength: float = 0.8,
         mask_image: Any = None,
         paste: bool = True,
+        prompt_style: str = "plain",
+        clip_skip: int | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         **unknown: Any,
@@ -306,11 +320,11 @@ class SimpleSampler:
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is not None and not isinstance(embeds, Tensor):
                 raise ValueError(f"{name} must be a tensor, not {reprlib.repr(embeds)}; texts are a prompt.")
-        context = self._encode(given, "prompt", None)
-        negative = self._encode(negatives, "negative_prompt", len(context)) if guidance_scale > 1 else None
+        how = {"prompt_style": prompt_style, "clip_skip": plain(clip_skip)}
+        context = self._encode(given, "prompt", None, **how)
+        negative = self._encode(negatives, "negative_prompt", len(context), **how) if guidance_scale > 1 else None
         if negative is not None and negative.shape[1] != context.shape[1]:
-            lengths = f"prompt has {context.shape[1]} tokens and negative_prompt {negative.shape[1]}"
-            raise ValueError(f"{lengths}: give embeddings of the same length for both.")
+            context, negative = as_long_as_each_other(context, negative)
         context = context.repeat_interleave(num_images_per_prompt, dim=0)
         if negative is not None:
             negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
@@ -329,10 +343,12 @@ class SimpleSampler:
             counts = len(context), num_images_per_prompt
             pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts, f)
             scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
-        return Request(texts, context, negative, guidance, height, width, seeds, scheduler, latents, pictures)
+        return Request(
+            texts, context, negative, guidance, height, width, seeds, scheduler, latents, pictures, style=prompt_style
+        )
 
-    def _encode(self, prompt: Prompt | None, name: str, count: int | None) -> Tensor:
-        """(P, 77, C) on the UNet's device; `count`: how many are wanted, where it is known."""
+    def _encode(self, prompt: Prompt | None, name: str, count: int | None, **how: Any) -> Tensor:
+        """(P, 77k, C) on the UNet's device; `count`: how many are wanted, where it is known."""
         if isinstance(prompt, Tensor):
             check_embeddings(prompt, name, self.model.unet.config.context_dim)
             context = prompt.to(device=self.model.device, dtype=self.model.dtype)
@@ -342,7 +358,7 @@ class SimpleSampler:
             texts = prompt_list(prompt)
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name} must be a text or a list of texts, not {reprlib.repr(prompt)}.")
-            context = self.encode_prompt(texts)
+            context = self.encode_prompt(texts, **how)
         if count is not None and len(context) != count:
             if len(context) != 1:
                 raise ValueError(f"{name} has {len(context)} entries for {count} prompts: give one, or one each.")
@@ -350,8 +366,8 @@ class SimpleSampler:
         finite(context, "text encoder", FLOAT32)
         return context
 
-    def encode_prompt(self, texts: list[str]) -> Tensor:
-        return self.model.encode_prompt(texts)
+    def encode_prompt(self, texts: list[str], **how: Any) -> Tensor:
+        return self.model.encode_prompt(texts, **how)
 
     def start(self, request: Request, draw: Callable[[], Tensor]) -> Start:
         """Where the loop begins: with noise, or with a picture under noise."""

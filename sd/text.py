@@ -98,7 +98,9 @@ class CLIPEmbeddings(nn.Module):
         for table in tables:
             if not table.is_meta:  # there it would import torch's compiler: 2 seconds, and 77 MB
                 nn.init.normal_(table)
-        self.token_embedding, self.position_embedding = (nn.Embedding(*t.shape, _weight=t) for t in tables)
+        self.token_embedding, self.position_embedding = (
+            nn.Embedding(len(t), c.hidden_size, _weight=t) for t in tables
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)

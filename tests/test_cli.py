@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
@@ -470,3 +471,30 @@ def test_what_is_given_takes_the_place_of_what_a_picture_says(tmp_path, monkeypa
     assert main(["--again", "a.png", "--image", "w.png", "--mask", "m.png", "-o", "c.png", *quick]) == 0
     assert Image.open("c.png").size == (64, 64)
     assert "Denoising strength" in Image.open("c.png").text["parameters"]
+
+
+@pytest.mark.parametrize("prompt", ["a (red:1.3) star", "((red)) star", "a BREAK b"])
+def test_a_prompt_that_looks_weighted_is_hinted_at(prompt):
+    with pytest.warns(UserWarning, match="--prompt-style a1111 or comfy"):
+        drawing_of({"prompt": prompt})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing_of({"prompt": prompt, "prompt_style": "plain"})
+        drawing_of({"prompt": prompt, "prompt_style": "a1111"})
+        drawing_of({"prompt": "a star (red) at 3:45"})
+
+
+def test_style_and_skipped_layers_are_recorded_and_drawn_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--steps", "2", "--quiet", "--prompt-style", "a1111", "--clip-skip", "1"]
+    assert main(["a (red:1.5) star BREAK a ring", "-o", "a.png", *options]) == 0
+    settings = read_settings("a.png")
+    assert (settings["prompt_style"], settings["clip_skip"]) == ("a1111", 1)
+    assert "Clip skip: 2" in Image.open("a.png").info["parameters"]
+    assert main(["--again", "a.png", "-o", "b.png", "--quiet"]) == 0
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+    assert main(["--again", "a.png", "-o", "c.png", "--quiet", "--clip-skip", "0"]) == 0
+    assert Image.open("a.png").tobytes() != Image.open("c.png").tobytes()
+    capsys.readouterr()
+    assert main(["a [red|blue] star", *options]) == 2
+    assert "alternation" in capsys.readouterr().err

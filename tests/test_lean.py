@@ -257,7 +257,7 @@ def test_free_memory_is_something():
 
 MEASURE = """
 import os, sys, threading, time
-import torch, transformers
+import torch
 torch.set_num_threads(2)
 def anonymous():
     with open("/proc/self/statm") as file:

@@ -72,6 +72,8 @@ def plain_options(value: Any) -> bool:
 RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of how it was drawn
     "prompt": text,
     "negative_prompt": text,
+    "prompt_style": one_of("plain", "a1111", "comfy"),
+    "clip_skip": whole(0, 127),
     "scheduler": solver,
     "solver_options": plain_options,
     "dtype": one_of(*DTYPES),

@@ -176,6 +176,11 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Options of any drawing. They are fields of `Drawing`, which has the defaults."""
     add = parser.add_argument_group("what to draw").add_argument
     add("--negative", dest="negative_prompt", metavar="TEXT", help="What to stay away from.")
+    add("--prompt-style", type=one_of("plain", "a1111", "comfy"), metavar="STYLE", help="How the prompts are "
+        "written: plain, as diffusers reads them, cut at 75 tokens; or a1111 or comfy, with weights such as "
+        "(word:1.2), of any length. Default: plain.")  # fmt: skip
+    add("--clip-skip", type=whole(0), metavar="N", help="How many of the text encoder's last layers are left "
+        "out; 1 is what AUTOMATIC1111 calls 2. Default: 0.")  # fmt: skip
     add("--steps", dest="num_inference_steps", type=whole(), metavar="N", help="How many steps to take, 1 to 1000. "
         "Default: the model's own number; 50 for Stable Diffusion v1.")  # fmt: skip
     add("--guidance", dest="guidance_scale", type=number, metavar="G", help="How closely to follow the prompt, 0 to "

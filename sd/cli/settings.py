@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class Drawing:
     # What is drawn. The names are those of a sampler's arguments.
     prompt: str
     negative_prompt: str = ""
+    prompt_style: str | None = None
+    clip_skip: int | None = None
     seed: int = 0  # of the first picture
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -84,7 +87,7 @@ class Drawing:
     def call(self) -> dict[str, Any]:
         """The arguments of a sampler, but for the prompt, the seed, and what is left to the model."""
         names = ["negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width"]
-        names += ["scheduler", "eta"]
+        names += ["scheduler", "eta", "prompt_style", "clip_skip"]
         return {n: value for n in names if (value := getattr(self, n)) is not None} | dict(self.given or {})
 
     @property
@@ -108,11 +111,22 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if settings.get("seed") == RANDOM:
         settings["seed"] = random_seed()
     drawing = Drawing(**settings)
+    hint_at_styles(drawing)
     last = drawing.seed + drawing.count - 1
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
         raise CommandError(f"--seed {drawing.seed} leaves no seeds for --count {drawing.count}: give a smaller one.")
     given_here = given_pictures.arguments(drawing)  # read now, and once: they may be written over by what is drawn
     return replace(drawing, given=given_here, told=given_pictures.told(drawing)) if given_here else drawing
+
+
+def hint_at_styles(drawing: Drawing) -> None:
+    """Warn where a prompt looks as if it had weights, and is read as plain text."""
+    looks = re.search(r"\([^()]*:\s*[\d.]+\s*\)|\(\([^()]+\)\)|\bBREAK\b", drawing.prompt + drawing.negative_prompt)
+    if looks and drawing.prompt_style is None:
+        warnings.warn(
+            f"{printable(looks.group(), 40)!r} in the prompt is read as plain text. If it is meant as a weight, add "
+            "--prompt-style a1111 or comfy; if not, --prompt-style plain silences this."
+        )
 
 
 def config_in(path: str) -> Mapping[str, Any]:

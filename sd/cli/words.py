@@ -17,6 +17,8 @@ OPTIONS = {  # what the library calls by the name of an argument, and the comman
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "guidance_rescale": "--guidance-rescale",
+    "prompt_style": "--prompt-style",
+    "clip_skip": "--clip-skip",
     "negative_prompt": "--negative",
     "num_images_per_prompt": "--count",
     "mask_image": "--mask",

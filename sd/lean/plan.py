@@ -16,9 +16,9 @@ from ..unet import Part, UNetConfig, topology
 from ..vae import VAEConfig, decoder_widths
 from .bands import Choice
 
-# Libraries' own on the CPU, measured: importing transformers' CLIP takes 112 MB (it brings torch.distributed, sympy
-# and, where there is one, scipy), the rest are kernels that oneDNN compiles, and their threads' heaps.
-PROCESS = 80_000_000
+# Libraries' own on the CPU, beside importing torch, measured: 11 MB of modules, the rest are kernels that oneDNN
+# compiles, what these need while they work, and their threads' heaps.
+PROCESS = 86_000_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Job:
     itemsize: int  # bytes of an element in which is computed
     process: int  # bytes that libraries take on top
     streamable: int  # bytes, in that dtype, of the UNet's weights that need a copy before they can be used
+    tokens: int = 77  # of a prompt
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def choose_bands(plan: MemoryPlan, memory: int) -> MemoryPlan:
 
 def text_peak(plan: MemoryPlan) -> int:
     """77 tokens are small: what counts is a layer's weights."""
-    job, tokens = plan.job, 77 * plan.job.batch * (1 + plan.job.guidance)
+    job, tokens = plan.job, plan.job.tokens * plan.job.batch * (1 + plan.job.guidance)
     return job.itemsize * (2 * TEXT_PIECE + tokens * 10 * job.text_width)  # two, and twice the wide inner ones
 
 
@@ -162,7 +163,7 @@ def unet_peak(plan: MemoryPlan) -> int:
     levels = list(enumerate(widths))
     blocks = 2 * job.unet.num_res_blocks + 1
     attending = sum(blocks * c for i, c in levels if 2**i in job.unet.attention_resolutions) + widths[-1]
-    texts = 2 * 77 * attending * job.batch * (1 + job.guidance)
+    texts = 2 * job.tokens * attending * job.batch * (1 + job.guidance)
     times = (job.steps + 1) * (sum(blocks * c for c in widths) + 2 * widths[-1])
     latents = 8 * job.batch * job.unet.in_channels * job.height * job.width // 64
     weights = 0 if plan.kept >= job.streamable else 2 * plan.piece  # the buffer, and what the kernel makes of it

@@ -75,7 +75,7 @@ class LeanSampler(SimpleSampler):
     def make_plan(self, request: Request) -> MemoryPlan:
         guidance, steps = request.negative is not None, len(request.timesteps)
         job = self.job(request.height, request.width, len(request.context), guidance, steps)
-        return plan_memory(job, self.available())
+        return plan_memory(replace(job, tokens=request.context.shape[1]), self.available())
 
     def plan(self, prompt: Prompt | None = None, **options: Any) -> MemoryPlan:
         """How this call would be done. Takes the arguments of a call; `str(plan)` is for people."""
@@ -84,12 +84,12 @@ class LeanSampler(SimpleSampler):
 
     # ---- the stages, each with its own weights: text encoder, UNet and VAE are not in memory together
 
-    def encode_prompt(self, texts: list[str]) -> Tensor:
+    def encode_prompt(self, texts: list[str], **how: Any) -> Tensor:
         weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
         with at_rest(self.model.text.model):
             text = self.model.text.with_model(copy_of(self.model.text.model, Streamed(weights)))
         with self.stage("text encoder"), torch.no_grad():
-            return text.encode(texts).to(device=self.model.device, dtype=self.model.dtype)
+            return text.encode(texts, **how).to(device=self.model.device, dtype=self.model.dtype)
 
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:

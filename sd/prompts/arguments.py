@@ -94,6 +94,17 @@ def check_embeddings(prompt: Tensor, name: str, wanted: int) -> None:
         )
 
 
+def as_long_as_each_other(context: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Contexts of chunks of 77 repeated to one length, which is exact. Raises ValueError for other lengths."""
+    a, b = context.shape[1], negative.shape[1]
+    if a % 77 or b % 77:
+        raise ValueError(
+            f"prompt has {a} tokens and negative_prompt {b}: give embeddings of the same length for both."
+        )
+    length = math.lcm(a, b)
+    return context.repeat(1, length // a, 1), negative.repeat(1, length // b, 1)
+
+
 def prompt_list(prompt: Any) -> list[str]:
     """The texts of a prompt; none where it is something else."""
     if isinstance(prompt, str):

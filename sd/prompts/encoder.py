@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..text import CLIPText, TextConfig, Texts, own_names
+from .styles import STYLES, Chunk, chunks_of
 from .tokenizer import Tokenizer, sound_tokenizer
 
 LONGEST = 100_000  # characters of a prompt, of which the model reads some hundreds
@@ -81,23 +83,46 @@ class TextEncoder:
         """The weights under our names, where and in what they are computed with."""
         return self.model.state_dict()
 
-    def encode(self, prompts: str | Sequence[str]) -> Tensor:
-        """One prompt or several -> (B, 77, C): the last hidden state after the final LayerNorm.
+    def encode(
+        self, prompts: str | Sequence[str], prompt_style: str = "plain", clip_skip: int | None = None
+    ) -> Tensor:
+        """One prompt or several -> (B, 77k, C): the last hidden state after the final LayerNorm.
 
-        As StableDiffusionPipeline.encode_prompt of diffusers: each prompt is filled up or cut to 77 tokens,
-        and no attention mask is used. Warns (UserWarning) of what is cut off, with the words, and of words
-        that are not among `known_words`. Raises ValueError for what is not text.
+        prompt_style  "plain", as StableDiffusionPipeline.encode_prompt of diffusers: each prompt is filled up or cut
+                      to 77 tokens, and no attention mask is used. "a1111", "comfy": with weights, in chunks of 77
+                      (styles.py); a prompt of fewer chunks than another is repeated, which attention does not see
+        clip_skip     so many of the last layers are left out; 1 is what AUTOMATIC1111 calls 2
+
+        Warns (UserWarning) of what is cut off, with the words, and of words that are not among `known_words`. Raises
+        ValueError for what is not text, and for a style and a number of layers that there are not.
         """
+        skip = checked_skip(clip_skip, self.config.num_hidden_layers)
+        if prompt_style not in STYLES:
+            raise ValueError(
+                f"prompt_style must be {', '.join(STYLES[:-1])} or {STYLES[-1]}, not {short(prompt_style)}."
+            )
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not texts:
             raise ValueError(f"A prompt must be a text, or a list of texts, not {short(prompts)}.")
-        length = self.config.max_position_embeddings
-        rows = []
+        parts = [self.chunks(text, prompt_style) for text in texts]
         for text in texts:
-            ids = self.ids(text)
-            self._warn(text, ids)
-            rows.append(self.cut(ids) + ids[-1:] * (length - len(ids)))
-        return self.model(torch.tensor(rows))
+            self._warn(text, self.ids(text) if prompt_style == "plain" else [])
+        rows = torch.tensor([chunk.ids for chunks in parts for chunk in chunks])
+        z = self.model(rows, skip)  # (all chunks, 77, C)
+        if prompt_style != "plain":
+            each = [chunk.weights for chunks in parts for chunk in chunks]
+            weights = torch.tensor(each, dtype=torch.float64)[..., None].to(z)
+            empty = self.model(torch.tensor([self.chunks("")[0].ids]), skip) if prompt_style == "comfy" else None
+            z = weighted(z, weights, empty)
+        return of_one_length([part.flatten(0, 1)[None] for part in z.split([len(chunks) for chunks in parts])])
+
+    def chunks(self, text: str, prompt_style: str = "plain") -> list[Chunk]:
+        """The tokens of a text as the model reads them, in chunks of 77; one where the style is plain."""
+        ids = self.ids(text)
+        if prompt_style != "plain":
+            return chunks_of(text, prompt_style, self.tokenizer)
+        length = self.config.max_position_embeddings
+        return [Chunk((*self.cut(ids), *ids[-1:] * (length - len(ids))), (1.0,) * length)]
 
     def ids(self, text: str, what: str = "prompt") -> list[int]:
         """The tokens of a text: START, those of the words, END; neither cut nor filled up. Raises ValueError."""
@@ -129,6 +154,36 @@ class TextEncoder:
                     "mean it; choose one that was with --model (in Python: sd.load), such as --model sd-v1-4.ckpt.",
                     stacklevel=4,
                 )
+
+
+def checked_skip(clip_skip: int | None, layers: int) -> int:
+    """Raise ValueError unless at least one layer is left."""
+    if clip_skip is None:
+        return 0
+    if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip < layers:
+        raise ValueError(f"clip_skip must be a whole number from 0 to {layers - 1}, not {clip_skip!r}.")
+    return clip_skip
+
+
+def weighted(z: Tensor, weights: Tensor, empty: Tensor | None) -> Tensor:
+    """Chunks (N, 77, C) with the weights of their tokens (N, 77, 1).
+
+    As AUTOMATIC1111: multiplied, and scaled so that the mean of each chunk is as before. With `empty`, the chunk of
+    no words, as ComfyUI: its distance from that is multiplied.
+    """
+    if empty is not None:
+        return torch.where(weights == 1, z, (z - empty) * weights + empty)
+    result = z * weights
+    return result * (z.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))
+
+
+def of_one_length(contexts: Sequence[Tensor]) -> Tensor:
+    """Contexts (B, 77k, C) of several lengths, one below the other: each repeated up to a length that all divide.
+
+    That is exact: a softmax over twice the same keys gives each half of the weight, and the same sum of values.
+    """
+    length = math.lcm(*(context.shape[1] for context in contexts))
+    return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
 
 
 def text_model(config: TextConfig, tensors: Mapping[str, Tensor]) -> CLIPText:

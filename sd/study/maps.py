@@ -38,6 +38,7 @@ class AttentionMaps:
         self, model: StableDiffusion, heads: bool, steps: bool, side: int, half: str, cells: int | None = None
     ):
         self.prompts: list[str] | None = None
+        self.style = "plain"  # in which they are written
         self._model, self._heads, self._steps, self._side, self._half = model, heads, steps, side, half
         self._cells = cells
         self._run, self._size = 0, (0, 0)  # of the call of the UNet that was recorded last
@@ -59,7 +60,8 @@ class AttentionMaps:
 
     def words(self, image: int = 0) -> list[tuple[str, list[int]]]:
         """The words of a picture's prompt in order, each with the positions of its tokens."""
-        return words_of(self._model.text, self._prompt(image))
+        words = words_of(self._model.text, self._prompt(image), self.style)
+        return [(word, self._repeated(places, image)) for word, places in words]
 
     def probabilities(self, layer: str, *, head: Index = None, step: Index = None) -> Tensor:
         """(images, queries, keys): the mean over the heads and steps chosen, of one layer by its full name.
@@ -107,8 +109,8 @@ class AttentionMaps:
 
         Raises ValueError where the prompt has no such word, or what was asked for was not recorded.
         """
-        found = find_word(self._model.text, self._prompt(image), word, occurrence)
-        return self.tokens(found, image=image, layer=layer, head=head, step=step, size=size)
+        found = find_word(self._model.text, self._prompt(image), word, occurrence, self.style)
+        return self.tokens(self._repeated(found, image), image=image, layer=layer, head=head, step=step, size=size)
 
     def tokens(
         self,
@@ -152,6 +154,13 @@ class AttentionMaps:
             maps.append(self._enlarge(self.probabilities(name, head=head, step=step)[image, place], name, size))
         return torch.stack(maps).mean(0)
 
+    def _repeated(self, places: list[int], image: int) -> list[int]:
+        """These, and the same in each copy of a prompt that is repeated up to the length of another."""
+        length = sum(len(chunk.ids) for chunk in self._model.text.chunks(self._prompt(image), self.style))
+        kinds = self._select("*", "attn2")
+        keys = next(iter(self._sums[kinds[0]].values())).shape[-1]
+        return [place + start for start in range(0, keys, length) for place in places]
+
     def _prompt(self, image: int) -> str:
         self._select("*", "")  # was anything recorded?
         if self.prompts is None:
@@ -189,6 +198,7 @@ class AttentionMaps:
         if self._run != call.run:
             self._sums, self._counts, self._grids = {}, {}, {}
             self._run, self._size, self.prompts = call.run, call.size, call.prompts
+            self.style = call.style
         cond, uncond = rows_of(call, len(q))
         rows = cond if self._half == "cond" else uncond
         q, k = q[rows], k[rows]

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..files import check_output, write_text
 from ..image import to_pil
-from ..prompts.words import token_ids
 from ..scheduler import Scheduler
 from .calls import Now, listen, model_of, rows_of
 from .colours import to_rgb
@@ -197,10 +196,13 @@ def _schedule(sampler: Any, call: dict[str, Any]) -> dict[str, list[float]]:
 def _words(maps: AttentionMaps, model: Any) -> list[dict[str, Any]]:
     """The words of the prompt, and what stands around it, with the positions of their tokens."""
     assert maps.prompts is not None
-    end = len(token_ids(model.text, maps.prompts[0])) - 1
     words: list[dict[str, Any]] = [{"text": text, "tokens": tokens} for text, tokens in maps.words()]
     length = model.text.config.max_position_embeddings
-    return [*words, {"text": "start", "tokens": [0]}, {"text": "end", "tokens": list(range(end, length))}]
+    keys = maps.probabilities(maps.layers[0]).shape[-1]
+    starts = list(range(0, keys, length))
+    taken = {*starts, *(place for word in words for place in word["tokens"])}
+    ends = [place for place in range(keys) if place not in taken]
+    return [*words, {"text": "start", "tokens": starts}, {"text": "end", "tokens": ends}]
 
 
 def _map_bytes(maps: AttentionMaps, model: Any) -> float:
