@@ -151,3 +151,13 @@ def test_small_latents_let_pndm_follow():
 
     assert stiffness.share_right(7.5, 0.3, 200, trials=200) > stiffness.share_right(7.5, 1.0, 200, trials=200)
     assert stiffness.share_right(7.5, 0.3, 9, trials=200) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["prompts", "solvers"])
+def test_the_pages_of_docs_run(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["image"].size == (128, 128)

@@ -214,3 +214,29 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     x, y = map(int, re.search(r"at \((\d+), (\d+)\)", out).groups())
     assert max(abs(x - 64), abs(y - 64)) < 25
     assert Image.open("tour.png").size == (792, 396)
+
+
+def test_paths_on_the_noise_schedule(tmp_path, monkeypatch, capsys):
+    import paths
+
+    plot = tmp_path / "paths.png"
+    monkeypatch.setattr(sys, "argv", ["paths.py", "--steps", "4", "--plot", str(plot)])
+    paths.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(paths.PATHS)
+    assert all(
+        [float(s) for s in row.split()[-4:]] == sorted(map(float, row.split()[-4:]), reverse=True) for row in rows
+    )
+    assert Image.open(plot).width == 860
+
+
+@pytest.mark.slow
+def test_composition_in_small(monkeypatch, capsys):
+    import composition
+
+    assert all(composition.holds(s, composition.HELD_OUT) for s in composition.captions(True, 1, 20, 0))
+    assert not any(composition.holds(s, composition.HELD_OUT) for s in composition.captions(False, 0, 20, 0))
+    monkeypatch.setattr(sys, "argv", ["composition.py", "--count", "1"])
+    composition.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| one", "| two"))]
+    assert len(rows) == 4
