@@ -66,6 +66,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     }
     if settings.get("eta"):
         fields["Eta"] = settings["eta"]
+    fields["RNG"] = "NV" if settings.get("rng") == "cuda" else "CPU"  # or AUTOMATIC1111 would take the GPU's
     if settings.get("clip_skip"):
         fields["Clip skip"] = settings["clip_skip"] + 1  # as AUTOMATIC1111 counts
     lines = [settings["prompt"]]
@@ -127,14 +128,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Only the text chunk is read, within bounds, and never the picture: a small file can hold a huge one.
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            raise ValueError("it is not a regular file")
-        with open(path, "rb") as file:
-            text = text_chunk(file, JSON_CHUNK.encode())
-    except (OSError, ValueError) as error:  # ValueError: of ours, or a NUL in the path
-        reason = reason_of(error) if isinstance(error, OSError) else str(error)
-        raise ValueError(f"{path} cannot be read as a picture: {reason}.") from None
+    text = read_text(path, JSON_CHUNK)
     if text is None:
         raise ValueError(
             f"{path} does not say how it was drawn: it has no text chunk {JSON_CHUNK!r}; `artist` writes one."
@@ -146,6 +140,18 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be drawn again: the text that says how is damaged ({error}).") from None
     return settings
+
+
+def read_text(path: str | os.PathLike[str], keyword: str) -> bytes | None:
+    """A text chunk of a PNG in UTF-8, or None. Raises ValueError where the file cannot be read as a PNG."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            raise ValueError("it is not a regular file")
+        with open(path, "rb") as file:
+            return text_chunk(file, keyword.encode())
+    except (OSError, ValueError) as error:  # ValueError: of ours, or a NUL in the path
+        reason = reason_of(error) if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{path} cannot be read as a picture: {reason}.") from None
 
 
 def text_chunk(file: IO[bytes], keyword: bytes) -> bytes | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .image import to_pil
 from .model import StableDiffusion
+from .noise import noise_source
 from .pictures import Pictures, Start, begin_from, beside, pasted
 from .pictures.given import pictures_in, size_of
 from .prompts.arguments import (
@@ -182,6 +183,7 @@ class Request:
     pictures: Pictures | None = None  # to draw from
     beside: Tensor | None = None  # (B, 5, h, w): what weights of 9 channels are told; known when the loop starts
     style: str = "plain"  # in which the prompts are written
+    rng: str = "cpu"  # where noise comes from
 
     @property
     def begin(self) -> int:
@@ -225,6 +227,7 @@ class SimpleSampler:
         paste                 True; pixels where the mask is black are the picture's own, with a seam of 4 pixels
         prompt_style          "plain"; "a1111", "comfy": weights as (word:1.2), and prompts of any length
         clip_skip             so many of the text encoder's last layers are left out; 1 is AUTOMATIC1111's 2
+        rng                   "cpu"; "cuda": the noise that an NVIDIA GPU draws for a seed, as in AUTOMATIC1111
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
         prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
 
@@ -292,6 +295,7 @@ class SimpleSampler:
         paste: bool = True,
         prompt_style: str = "plain",
         clip_skip: int | None = None,
+        rng: str = "cpu",
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         **unknown: Any,
@@ -307,6 +311,7 @@ class SimpleSampler:
             scheduler = usual.make_scheduler(scheduler, num_inference_steps, eta)
         guidance = guidance_scale, plain(guidance_rescale)
         check_numbers(*guidance, num_images_per_prompt, seed)
+        noise_source(0, rng)
         if image is None and mask_image is not None:
             raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")
         f, channels = self.model.vae.config.downsampling, self.model.vae.config.z_channels
@@ -344,7 +349,18 @@ class SimpleSampler:
             pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts, f)
             scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
         return Request(
-            texts, context, negative, guidance, height, width, seeds, scheduler, latents, pictures, style=prompt_style
+            texts,
+            context,
+            negative,
+            guidance,
+            height,
+            width,
+            seeds,
+            scheduler,
+            latents,
+            pictures,
+            style=prompt_style,
+            rng=rng,
         )
 
     def _encode(self, prompt: Prompt | None, name: str, count: int | None, **how: Any) -> Tensor:
@@ -429,17 +445,16 @@ def finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:
 
 
 def noise_like_diffusers(model: StableDiffusion, request: Request) -> Callable[[], Tensor]:
-    """A function that draws (B, 4, h, w) of unit noise, each image's from the CPU generator of its own seed.
+    """A function that draws (B, 4, h, w) of unit noise, each image's from the source of its own seed.
 
     Drawn in the model's dtype, as diffusers does: another dtype draws other noise from the same seed.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+    sources = [noise_source(seed, request.rng) for seed in request.seeds]
     f = model.vae.config.downsampling
     shape = (1, model.vae.config.z_channels, request.height // f, request.width // f)
 
     def draw() -> Tensor:
-        noise = [torch.randn(shape, generator=g, dtype=request.context.dtype) for g in generators]
-        return torch.cat(noise).to(request.context.device)
+        return torch.cat([source(shape, request.context.dtype) for source in sources]).to(request.context.device)
 
     return draw
 

@@ -47,7 +47,7 @@ def test_values_are_rounded_not_cut():
 def test_parameters_have_the_form_of_automatic1111():
     assert parameters_text(SETTINGS | {"negative_prompt": "blur"}) == (
         "a red star, above\nNegative prompt: blur\nSteps: 30, Sampler: DDIM, CFG scale: 4.0, Seed: 1, "
-        "Size: 128x64, Model hash: 0123456789, Model: sd-v1-4, Eta: 0.5"
+        "Size: 128x64, Model hash: 0123456789, Model: sd-v1-4, Eta: 0.5, RNG: CPU"
     )
     assert "Negative prompt" not in parameters_text(SETTINGS)
 

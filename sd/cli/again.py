@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import from_root, printable
 from . import given_pictures
+from .foreign import read_foreign
 from .options import DTYPES, LAST_SEED, CommandError
 
 LONGEST = 100_000  # characters of a prompt
@@ -74,6 +75,7 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "negative_prompt": text,
     "prompt_style": one_of("plain", "a1111", "comfy"),
     "clip_skip": whole(0, 127),
+    "rng": one_of("cpu", "cuda"),
     "scheduler": solver,
     "solver_options": plain_options,
     "dtype": one_of(*DTYPES),
@@ -114,15 +116,12 @@ def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises CommandError where they are damaged, and where they name a model that is not here: nothing is fetched on a
     picture's word.
     """
-    from ..image import read_settings
+    from ..image import JSON_CHUNK, read_settings, read_text
 
+    if read_text(picture, JSON_CHUNK) is None and (text := read_text(picture, "parameters")) is not None:
+        return checked(picture, read_foreign(picture, text.decode(errors="replace"), given))
     found = {key: value for key, value in read_settings(picture).items() if key in RECORDED and value is not None}
-    for key, value in found.items():
-        if not RECORDED[key](value):
-            raise CommandError(
-                f"{printable(picture)} cannot be drawn again: its setting {key} is damaged "
-                f"({printable(repr(value), 60)})."
-            )
+    checked(picture, found)
     given_pictures.asked_for(picture, found, given)
     found = given_pictures.displaced(found, given)
     if "model" not in given:
@@ -137,6 +136,17 @@ def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
         found.pop("config", None)
     if "scheduler" in given:
         found.pop("solver_options", None)
+    return found
+
+
+def checked(picture: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a picture. Raises CommandError for a value that cannot be."""
+    for key, value in found.items():
+        if not RECORDED[key](value):
+            raise CommandError(
+                f"{printable(picture)} cannot be drawn again: its setting {key} is damaged "
+                f"({printable(repr(value), 60)})."
+            )
     return found
 
 

@@ -190,6 +190,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "back, 0 to 1; 0.7 is usual for models whose noise goes to the end. Default: 0.")  # fmt: skip
     add("--seed", type=seed, metavar="N", help="Which noise to start from; -1 or random: any, and the command says "
         "which. The next picture starts from the next seed. Default: 0.")  # fmt: skip
+    add("--rng", type=one_of("cpu", "cuda"), metavar="KIND", help="Whose noise a seed stands for: cpu, as in "
+        "diffusers; or cuda, as an NVIDIA GPU draws it for AUTOMATIC1111; on any machine. Default: cpu.")  # fmt: skip
     add("--height", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
     add("--width", type=whole(), metavar="PIXELS", help="A multiple of 8. Default: the model's own size.")
     add("--scheduler", metavar="NAME", help="How noise is removed step by step: pndm, ddim, 'Euler a', "

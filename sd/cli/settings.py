@@ -37,6 +37,7 @@ class Drawing:
     negative_prompt: str = ""
     prompt_style: str | None = None
     clip_skip: int | None = None
+    rng: str | None = None
     seed: int = 0  # of the first picture
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -87,7 +88,7 @@ class Drawing:
     def call(self) -> dict[str, Any]:
         """The arguments of a sampler, but for the prompt, the seed, and what is left to the model."""
         names = ["negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "height", "width"]
-        names += ["scheduler", "eta", "prompt_style", "clip_skip"]
+        names += ["scheduler", "eta", "prompt_style", "clip_skip", "rng"]
         return {n: value for n in names if (value := getattr(self, n)) is not None} | dict(self.given or {})
 
     @property

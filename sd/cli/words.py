@@ -19,6 +19,7 @@ OPTIONS = {  # what the library calls by the name of an argument, and the comman
     "guidance_rescale": "--guidance-rescale",
     "prompt_style": "--prompt-style",
     "clip_skip": "--clip-skip",
+    "rng": "--rng",
     "negative_prompt": "--negative",
     "num_images_per_prompt": "--count",
     "mask_image": "--mask",
