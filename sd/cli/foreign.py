@@ -124,8 +124,8 @@ def read_foreign(picture: str, text: str, given: Mapping[str, Any]) -> dict[str,
         name = printable(model, 80) if model else "that it does not name"
         number = f" (hash {printable(found['model_hash'], 20)})" if "model_hash" in found else ""
         raise CommandError(
-            f"{printable(picture)} was drawn by another program with the model {name}{number}: say where that is with "
-            "--model FILE."
+            f"{printable(picture)} was drawn by another program with the model {name}{number}: "
+            "say where that is with --model FILE."
         )
     if missed:
         warnings.warn(
