@@ -24,7 +24,7 @@ def noise_source(seed: int, rng: str = "cpu") -> Source:
     """The noise of a seed. Raises ValueError for another rng than "cpu" and "cuda".
 
     cpu    as torch.randn with a generator of the CPU, in the dtype asked for: another dtype draws other noise
-    cuda   as torch.randn on an NVIDIA GPU in float32, for up to a million values; then converted
+    cuda   as torch.randn on an NVIDIA GPU in float32, as long as it has a thread for each value; then converted
     """
     if rng not in RNGS:
         raise ValueError(f"rng must be {' or '.join(RNGS)}, not {rng!r:.60}.")

@@ -497,4 +497,4 @@ def test_style_and_skipped_layers_are_recorded_and_drawn_again(tmp_path, monkeyp
     assert Image.open("a.png").tobytes() != Image.open("c.png").tobytes()
     capsys.readouterr()
     assert main(["a [red|blue] star", *options]) == 2
-    assert "alternation" in capsys.readouterr().err
+    assert "Alternation" in capsys.readouterr().err

@@ -62,10 +62,37 @@ def test_all_that_decides_the_picture_is_understood(tmp_path):
         ("Sampler: LMS Karras", "lms_karras"),
         ("Sampler: DPM2 a, Schedule type: Beta", "dpm2_a_beta"),
         ("Sampler: DDIM", "ddim"),
+        ("Sampler: DDIM, Schedule type: Karras", "ddim"),  # it does not look at it there
     ],
 )
 def test_samplers_by_their_names(fields, expected):
     assert foreign_settings(f"a\nSteps: 3, {fields}, Seed: 1")[0]["scheduler"] == expected
+
+
+def test_a_sampler_that_is_not_here_can_be_replaced(tmp_path):
+    path = png(tmp_path / "a.png", "a\nSteps: 3, Sampler: DPM++ 3M SDE, Schedule type: SGM Uniform, Seed: 1")
+    with pytest.raises(CommandError, match="--scheduler chooses"):
+        drawing_of({"again": path, "model": "shapes"})
+    assert drawing_of({"again": path, "model": "shapes", "scheduler": "euler"}).scheduler == "euler"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *["Sampler: Euler a, Eta: 0.0", "Emphasis: No norm", "Hires upscale: 2, Hires upscaler: Latent", "NGMS: 2"],
+        *["Zero terminal SNR: True", "Schedule max sigma: 5", "Sampler: DPM++ 2M SDE", "Hires resize: 512x512"],
+    ],
+)
+def test_everything_that_is_not_known_to_be_harmless_is_named(fields):
+    _, missed = foreign_settings(f"a\nSteps: 3, {fields}, Version: 1")
+    assert missed
+    assert not foreign_settings("a\nSteps: 3, Sampler: Euler, Eta: 0.5, Version: 1, Model hash: 01234567")[1]
+
+
+def test_a_line_without_end_takes_no_time(tmp_path):
+    path = png(tmp_path / "a.png", "a\n" + "a" * 300_000)
+    with pytest.raises(CommandError, match="its last line is too long"):
+        drawing_of({"again": path, "model": "shapes"})
 
 
 def test_whose_noise_it_was():

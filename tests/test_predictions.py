@@ -101,6 +101,10 @@ def test_a_scheduler_that_is_not_here_is_said(tiny, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DEISMultistepScheduler"}))
     with pytest.warns(UserWarning, match=r"'DEISMultistepScheduler'.*drawn with pndm"):
         assert sd.load(folder).defaults.scheduler == "pndm"
+    to_noise = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    file.write_text(json.dumps({"_class_name": "DEISMultistepScheduler", **to_noise}))
+    with pytest.warns(UserWarning, match="drawn with ddim"):
+        assert sd.load(folder).defaults.make_scheduler(None, 4).timesteps[0] == 999
 
 
 MARKS = {  # what marks a single file -> whether its last timestep is noise alone

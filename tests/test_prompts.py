@@ -100,11 +100,11 @@ def test_a_comma_as_the_76th_token_begins_the_next_chunk(tiny):
     assert (first.count("a"), second) == (75, ", b")
 
 
-def test_long_words_may_be_cut_in_comfy_and_short_ones_not(tiny):
+def test_long_parts_may_be_cut_in_comfy_and_short_ones_not(tiny):
     letters = " ".join("a" * 73)
-    first, second = spelled(tiny, f"{letters} cdef", "comfy")  # four tokens: kept together
+    first, second = spelled(tiny, f"{letters} (cdef:1.1)", "comfy")  # four tokens: kept together
     assert (first.count("a"), second) == (73, "cdef")
-    first, second = spelled(tiny, f"{letters} cdefghijkl", "comfy")
+    first, second = spelled(tiny, f"{letters} (cdefghijkl:1.1)", "comfy")
     assert first.endswith("cd")
     assert second == "efghijkl"
 
@@ -193,10 +193,15 @@ def test_instruments_know_the_words_of_all_chunks(tiny):
     [
         ("(a:1.2.3)", "a1111", "The weight '1.2.3' in the prompt is no number"),
         ("(a:nan)", "comfy", "The weight 'nan' in the prompt is no number"),
-        ("[a:b:0.5]", "a1111", "prompt editing"),
-        ("[a|b]", "a1111", "alternation"),
+        ("[a:b:0.5]", "a1111", "Prompt editing"),
+        ("[a [b]:0.5]", "a1111", "Prompt editing"),
+        ("[a|b]", "a1111", "Alternation"),
+        ("(" * 1200 + "a" + ")" * 1200, "comfy", "must not nest more than 100 brackets"),
+        ("(" * 8000 + "a", "a1111", "must not nest more than 100 brackets"),
+        ("(a:" + "9" * 60 + ")", "a1111", "A weight in the prompt is 1e.60: all must be"),
+        ("a embedding:style", "comfy", "An embedding in the prompt"),
         ("a AND b", "a1111", "AND between prompts"),
-        ("a <lora:x:0.8>", "a1111", "a network in the prompt"),
+        ("a <lora:x:0.8>", "a1111", "A network in the prompt"),
         ("word " * 10_000, "a1111", "at most 64 chunks"),
         ("word " * 10_000, "comfy", "at most 64 chunks"),
         ("a", "compel", "prompt_style must be plain, a1111 or comfy"),
@@ -207,6 +212,15 @@ def test_what_cannot_be_followed_is_said(tiny, text, style, message):
         tiny.encode_prompt([text], style)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
+
+
+def test_lengths_that_have_little_in_common(tiny):
+    prompts = [" BREAK ".join(["a"] * n) for n in (13, 11, 7)]
+    with pytest.raises(ValueError, match="of 7 and 11 and 13 chunks have to be repeated up to 1001 chunks"):
+        tiny.encode_prompt(prompts, "a1111")
+    call = {"negative_prompt": " BREAK ".join(["b"] * 19), "prompt_style": "a1111"}
+    with pytest.raises(ValueError, match="of 17 and 19 chunks have to be repeated"):
+        sd.SimpleSampler(tiny)(" BREAK ".join(["a"] * 17), **call)
 
 
 @pytest.mark.parametrize("skip", [-1, 2, 1.5, "x", True])

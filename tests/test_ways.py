@@ -44,6 +44,19 @@ def texts(way, model):
     torch.testing.assert_close(one, sampler(context, negative_prompt_embeds=negative, **CALL), atol=1e-3, rtol=1e-3)
 
 
+def styles(way, model):
+    prompts = ["a (red:1.4) star BREAK a [blue] ring", "a ring"]
+    call = {
+        "negative_prompt": "text " * 40,
+        "prompt_style": "a1111",
+        "clip_skip": 1,
+        "guidance_rescale": 0.5,
+        "rng": "cuda",
+    }
+    latents = sampler_of(way, model)(prompts, **CALL, **call)
+    torch.testing.assert_close(latents, sd.SimpleSampler(model)(prompts, **CALL, **call), atol=1e-3, rtol=1e-3)
+
+
 def solvers(way, model):
     for name in ("pndm", "ddim", "lms", "euler_a", "dpmpp_2m", "dpmpp_sde", "unipc"):
         assert torch.isfinite(sampler_of(way, model)(["a star", "a ring"], scheduler=name, **CALL)).all()
@@ -96,6 +109,7 @@ def gradients(way, model):
 
 FEATURES = {
     "prompts, negative prompts, embeddings": texts,
+    "weights and prompts of any length, `clip_skip`, `guidance_rescale`, `rng`": styles,
     "every solver": solvers,
     "pictures in, masks, weights of 9 channels": pictures_in,
     "`sd.invert`": invert,

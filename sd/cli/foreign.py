@@ -9,42 +9,39 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..files import printable
 from .options import CommandError
 
-FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+FIELD = re.compile(r'\s{0,9}(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 SPACINGS = {"automatic": "", "uniform": "", "karras": "karras", "exponential": "exponential", "beta": "beta"}
-# What changes a picture there and is not followed here, unless it has one of these values.
-UNFOLLOWED: dict[str, tuple[str, ...]] = {
-    "Variation seed": (),
+WITHOUT_SCHEDULE = ("ddim", "pndm", "unipc", "lcm")  # there, these do not look at the schedule type
+OTHER_NOISE = ("dpmpp_sde", "dpmpp_2m_sde")  # there, theirs is of a Brownian tree
+# What is not followed here, and does not matter if it has one of these values; where there is none, it never does.
+HARMLESS: dict[str, tuple[str, ...] | None] = {
+    "Version": None,
+    "VAE hash": None,
+    "Model hash": None,
+    "User": None,
+    "Batch size": None,
+    "Batch pos": None,
     "Variation seed strength": ("0", "0.0"),
     "Seed resize from": ("-1x-1",),
-    "Face restoration": (),
     "ENSD": ("0",),
-    "Eta": ("0", "0.0", "1", "1.0"),
-    "Denoising strength": (),
-    "Hires upscaler": ("Lanczos",),
-    "Hires steps": ("0",),
-    "Mask blur": (),
-    "Tiling": (),
-    "Lora hashes": (),
-    "TI hashes": (),
-    "Hypernet": (),
-    "Refiner": (),
-    "VAE": (),
-    "Schedule rho": (),
-    "Skip Early CFG": (),
-    "NGMS": (),
+    "Tiling": ("False",),
     "Token merging ratio": ("0", "0.0"),
+    "Emphasis": ("Original",),
 }
+LONGEST_LINE = 20_000  # letters of the fields
 
 
 def fields_of(text: str) -> tuple[str, str, dict[str, str]]:
     """The prompt, the negative prompt and the fields of a `parameters` text. Raises ValueError where it is none."""
     *lines, last = text.strip().split("\n")
+    if len(last) > LONGEST_LINE:
+        raise ValueError("its last line is too long")
     fields = {name.strip(): unquoted(value) for name, value in FIELD.findall(last)}
     if "Steps" not in fields:
         raise ValueError("its last line has no Steps")
@@ -63,8 +60,11 @@ def unquoted(value: str) -> str:
     return value
 
 
-def foreign_settings(text: str) -> tuple[dict[str, Any], list[str]]:
-    """Settings under our names, and what is not followed. Raises ValueError, the rest of a sentence."""
+def foreign_settings(text: str, given: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Settings under our names, and what is not followed. Raises ValueError, the rest of a sentence.
+
+    given: names of settings that are given in place of those, so theirs need not be understood.
+    """
     prompt, negative, fields = fields_of(text)
     found: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, "prompt_style": "a1111"}
 
@@ -85,19 +85,29 @@ def foreign_settings(text: str) -> tuple[dict[str, Any], list[str]]:
         found["width"], found["height"] = map(int, sides.groups())
     take("Clip skip", "clip_skip", lambda count: int(count) - 1)
     take("Hires upscale", "hires", float)
-    take("Model hash", "model_hash", lambda value: value.lower()[:10])
+    take("Eta DDIM", "eta", float)
+    if len(fields.get("Model hash", "")) == 10:  # shorter ones are of another kind
+        take("Model hash", "model_hash", str.lower)
     take("Model", "model", str)
     found["rng"] = "cpu" if fields.pop("RNG", "") == "CPU" else "cuda"
-    if "Sampler" in fields:
-        found["scheduler"] = solver_named(fields.pop("Sampler"), fields.pop("Schedule type", ""))
-    if "hires" in found and fields.get("Denoising strength") in ("0.75", "0.7"):
-        fields.pop("Denoising strength")
-    missed = [
-        f"{name}: {printable(fields[name], 40)}"
-        for name, harmless in UNFOLLOWED.items()
-        if name in fields and fields[name] not in harmless
-    ]
-    missed += [f"{name}: {printable(value, 40)}" for name, value in fields.items() if name.startswith("ControlNet")]
+    missed = []
+    sampler, schedule = fields.pop("Sampler", ""), fields.pop("Schedule type", "")
+    if sampler and "scheduler" not in given:
+        found["scheduler"] = solver_named(sampler, schedule)
+        if found["scheduler"].startswith(OTHER_NOISE):
+            missed.append(f"Sampler: {printable(sampler, 40)} (its noise is drawn in another way)")
+    fresh = str(found.get("scheduler", "")).startswith(("euler_a", "dpm2_a", "dpmpp_sde", "dpmpp_2m_sde"))
+    if fields.get("Eta") in ("1", "1.0") or not fresh:
+        fields.pop("Eta", None)
+    if "hires" in found:
+        strength = fields.pop("Denoising strength", "")
+        missed.append(
+            f"Hires upscale: {found['hires']:g} (the second pass is ours, at 0.75 in place of {strength or '?'})"
+        )
+    for name, value in fields.items():
+        harmless = HARMLESS.get(name, ())
+        if harmless is not None and value not in harmless:
+            missed.append(f"{name}: {printable(value, 40)}")
     return found, missed
 
 
@@ -106,6 +116,8 @@ def solver_named(sampler: str, schedule: str) -> str:
     from ..scheduler import find_name
 
     solver, spacing = find_name(sampler)
+    if solver in WITHOUT_SCHEDULE:
+        return solver
     chosen = SPACINGS.get(schedule.lower()) if schedule else spacing
     if chosen is None:
         raise ValueError(f"its schedule type {printable(schedule, 40)!r} is not here")
@@ -116,9 +128,11 @@ def solver_named(sampler: str, schedule: str) -> str:
 def read_foreign(picture: str, text: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a picture of another program; what is not followed is warned of. Raises CommandError."""
     try:
-        found, missed = foreign_settings(text)
+        found, missed = foreign_settings(text, given)
     except ValueError as error:
-        raise CommandError(f"{printable(picture)} cannot be drawn again: {error}.") from None
+        raise CommandError(
+            f"{printable(picture)} cannot be drawn again: {error}; if it is the sampler, --scheduler chooses."
+        ) from None
     model = found.pop("model", None)
     if "model" not in given:
         name = printable(model, 80) if model else "that it does not name"

@@ -245,7 +245,7 @@ class ParallelSampler(SimpleSampler):
             "the weights": self._weights,
             "the prompts": digest(request.context, request.negative, request.guidance),
             "the size": f"{request.width} x {request.height}",
-            "the seeds": digest(request.seeds, request.latents),
+            "the seeds": digest(request.seeds, request.rng, request.latents),
             "the pictures": digest(*vars(request.pictures).values()) if request.pictures else "",
             "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler)}",
             "the dtype": self.model.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..image import MAX_SIDE
 
+MOST_TOKENS = 77 * 256  # of a context
 OTHER_NAMES = {  # arguments of diffusers and others, and what to do instead
     "generator": "give seed=, from which image i takes the noise of seed + i",
     "num_images": "it is called num_images_per_prompt here",
@@ -30,7 +31,6 @@ OTHER_NAMES = {  # arguments of diffusers and others, and what to do instead
     "padding_mask_crop": "cut the part out, draw it, and paste it back",
     "return_dict": "leave it out, a list of pictures is returned",
     "cross_attention_kwargs": "sd.use_attention and sd.study.edit change the attention",
-    "clip_skip": "give prompt_embeds, computed from another layer",
 }  # fmt: skip
 
 
@@ -94,6 +94,18 @@ def check_embeddings(prompt: Tensor, name: str, wanted: int) -> None:
         )
 
 
+def common_length(lengths: Sequence[int]) -> int:
+    """The least length in tokens that all of these divide. Raises ValueError where that is too long."""
+    length = math.lcm(*lengths)
+    if length > MOST_TOKENS:
+        counts = " and ".join(str(n // 77) for n in sorted(set(lengths)))
+        raise ValueError(
+            f"Prompts and negative prompts of {counts} chunks have to be repeated up to {length // 77} chunks, and "
+            f"{MOST_TOKENS // 77} are the most: make them of the same length, with BREAK for example."
+        )
+    return length
+
+
 def as_long_as_each_other(context: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """Contexts of chunks of 77 repeated to one length, which is exact. Raises ValueError for other lengths."""
     a, b = context.shape[1], negative.shape[1]
@@ -101,7 +113,7 @@ def as_long_as_each_other(context: Tensor, negative: Tensor) -> tuple[Tensor, Te
         raise ValueError(
             f"prompt has {a} tokens and negative_prompt {b}: give embeddings of the same length for both."
         )
-    length = math.lcm(a, b)
+    length = common_length([a, b])
     return context.repeat(1, length // a, 1), negative.repeat(1, length // b, 1)
 
 

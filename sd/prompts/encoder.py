@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import threading
 import warnings
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..text import CLIPText, TextConfig, Texts, own_names
+from .arguments import common_length
 from .styles import STYLES, Chunk, chunks_of
 from .tokenizer import Tokenizer, sound_tokenizer
 
@@ -182,7 +182,7 @@ def of_one_length(contexts: Sequence[Tensor]) -> Tensor:
 
     That is exact: a softmax over twice the same keys gives each half of the weight, and the same sum of values.
     """
-    length = math.lcm(*(context.shape[1] for context in contexts))
+    length = common_length([context.shape[1] for context in contexts])
     return torch.cat([context.repeat(1, length // context.shape[1], 1) for context in contexts])
 
 

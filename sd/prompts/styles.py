@@ -18,8 +18,10 @@ from .tokenizer import Tokenizer
 STYLES = ("plain", "a1111", "comfy")
 INSIDE = 75  # tokens of a chunk between start and end
 MOST_CHUNKS = 64  # of a prompt: 4,800 tokens
+MOST_NESTED = 100  # brackets one in the other
+MOST_WEIGHT = 1000
 BACK = 20  # tokens before the end of a chunk among which a comma ends it, in a1111
-LARGE = 8  # tokens of a word that may be cut at the end of a chunk, in comfy
+LARGE = 8  # tokens of a part that may be cut at the end of a chunk, in comfy
 
 Weighted = list[tuple[str, float]]  # parts of a text, and their weights
 Token = tuple[int, float]
@@ -36,7 +38,11 @@ class Chunk:
 
 def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
     """The chunks of a prompt in a style that has weights; one at least. Raises ValueError, in one sentence."""
+    if deepest(text) > MOST_NESTED:
+        raise ValueError(f"A prompt must not nest more than {MOST_NESTED} brackets: take some out.")
     chunks = a1111_chunks(text, tokenizer) if style == "a1111" else comfy_chunks(text, tokenizer)
+    if large := next((weight for part in chunks for _, weight in part if abs(weight) > MOST_WEIGHT), None):
+        raise ValueError(f"A weight in the prompt is {large:g}: all must be from -{MOST_WEIGHT} to {MOST_WEIGHT}.")
     if len(chunks) > MOST_CHUNKS:
         raise ValueError(
             f"A prompt must have at most {MOST_CHUNKS} chunks of {INSIDE} tokens, not {len(chunks)}: shorten it."
@@ -49,6 +55,15 @@ def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
         )
         for part in chunks
     ]
+
+
+def deepest(text: str) -> int:
+    """How many brackets are open at once at the most."""
+    depth = most = 0
+    for letter in text:
+        depth = max(depth + (letter in "([") - (letter in ")]"), 0)
+        most = max(most, depth)
+    return most
 
 
 def weight_of(number: str) -> float:
@@ -69,11 +84,12 @@ _MARKS = re.compile(
     r"|:\s*(?P<weight>[+-]?[.\d]+)\s*\)"
     r"|[^\\()\[\]:]+|:"
 )
+_INSIDE = r"(?:[^\[\]]|\[[^\[\]]*\])*"  # of square brackets, with at most one pair in them
 _ELSEWHERE = {  # syntax of AUTOMATIC1111 that is not followed here -> how it is called
-    r"(?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]": "prompt editing, [from:to:when],",
-    r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]": "alternation, [one|other],",
+    rf"(?<!\\)\[{_INSIDE}:\s*[\d.]+\s*\]": "Prompt editing, [from:to:when],",
+    rf"(?<!\\)\[{_INSIDE}\|{_INSIDE}\]": "Alternation, [one|other],",
     r"\bAND\b": "AND between prompts",
-    r"<(?:lora|lyco|hypernet):[^<>]*>": "a network in the prompt, such as <lora:name:1>,",
+    r"<(?:lora|lyco|hypernet):[^<>]*>": "A network in the prompt, such as <lora:name:1>,",
 }
 
 
@@ -191,16 +207,17 @@ def _top_level(text: str) -> list[str]:
 
 
 def comfy_chunks(text: str, tokenizer: Tokenizer) -> list[list[Token]]:
-    """Words are tokenized one by one, and kept together at the end of a chunk unless they are long."""
+    """A part of one weight is kept together at the end of a chunk, unless it is long."""
+    if found := re.search(r"\bembedding:\S+", text):
+        raise ValueError(f"An embedding in the prompt is not followed here: take {found.group()[:60]!r} out of it.")
     chunks: list[list[Token]] = []
     now: list[Token] = []
     for piece, weight in parse_comfy(text):
-        for word in piece.replace("\n", " ").split(" "):
-            tokens = [(number, weight) for number in tokenizer.ids(word)[1:-1]] if word else []
-            large = len(tokens) >= LARGE
-            while len(now) + len(tokens) > INSIDE:
-                room = INSIDE - len(now) if large else 0
-                chunks.append(now + tokens[:room])
-                now, tokens = [], tokens[room:]
-            now += tokens
+        tokens = [(number, weight) for number in tokenizer.ids(piece)[1:-1]]
+        large = len(tokens) >= LARGE
+        while len(now) + len(tokens) > INSIDE:
+            room = INSIDE - len(now) if large else 0
+            chunks.append(now + tokens[:room])
+            now, tokens = [], tokens[room:]
+        now += tokens
     return [*chunks, now]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files import read_utf8
 from ..image import MAX_SIDE
-from ..schedule import PREDICTIONS
+from ..schedule import PREDICTIONS, SPACINGS
 from ..scheduler import SCHEDULERS, V1, NoiseSchedule, Scheduler, find_name, make_scheduler
 from .scheduler_config import solver_of
 
@@ -147,13 +147,14 @@ def defaults_from_hub(config: Mapping[str, Any], name: str) -> Defaults:
         spacing = options.pop("sigma_spacing", "")
         return defaults(f"{solver}_{spacing}" if spacing else solver, options)
     except ValueError as error:
-        solver = "ddim" if schedule.prediction_type == "sample" else "pndm"
+        solver = "ddim" if schedule.prediction_type == "sample" or schedule.rescale_betas_zero_snr else "pndm"
         warnings.warn(
             f"{name} asks for a scheduler that is not here ({error}): it is drawn with {solver}, where no other is "
             "given.",
             stacklevel=2,
         )
-        return defaults(solver, {})
+        spacing = config.get("timestep_spacing")
+        return defaults(solver, {"timestep_spacing": spacing} if spacing in SPACINGS and solver == "ddim" else {})
 
 
 # ---- of single files
