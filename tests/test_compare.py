@@ -101,7 +101,7 @@ def test_wrong_epsilon_is_found_where_it_is(double):
         (lambda m: setattr(m.vae.encoder.mid.attn_1.norm, "eps", 1e-5), "vae.encoder.mid"),
         (lambda m: setattr(m.vae.decoder.up[2].block[1].norm2, "eps", 1e-5), "vae.decoder.up.2"),
         (lambda m: setattr(m.vae.decoder.norm_out, "eps", 1e-5), "vae.decoder.norm_out"),
-        (lambda m: setattr(m.text, "encode", lambda p: 1.001 * TextEncoder.encode(m.text, p)), "text"),
+        (lambda m: setattr(m.text, "encode", lambda *p: 1.001 * TextEncoder.encode(m.text, *p)), "text"),
         (lambda m: setattr(m.unet.input_blocks[2][0].op, "stride", 1), "unet.input_blocks.2"),
         (lambda m: setattr(m.unet.out[0], "eps", 1e-6), "unet.out"),
     ],

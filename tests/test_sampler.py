@@ -237,10 +237,10 @@ E = torch.zeros(1, 77, 64)
     ("options", "message"),
     [
         (
-            {"prompt": E, "negative_prompt_embeds": torch.zeros(1, 154, 64)},
-            "prompt has 77 tokens and negative_.* 154",
+            {"prompt": E, "negative_prompt_embeds": torch.zeros(1, 100, 64)},
+            "prompt has 77 tokens and negative_.* 100",
         ),
-        ({"prompt_embeds": torch.zeros(1, 154, 64)}, "prompt has 154 tokens and negative_prompt 77: give embeddings"),
+        ({"prompt_embeds": torch.zeros(1, 100, 64)}, "prompt has 100 tokens and negative_prompt 77: give embeddings"),
         ({"prompt": torch.zeros(0, 77, 64)}, "prompt embeddings must be of shape .*not empty, not .0, 77, 64."),
         ({"prompt": torch.zeros(1, 0, 64)}, "prompt embeddings must be of shape .*not empty"),
         ({"prompt": E.long()}, "prompt embeddings must be .*floating-point.*torch.int64"),
