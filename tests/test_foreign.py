@@ -101,7 +101,7 @@ def test_whose_noise_it_was():
 
 
 def test_what_is_not_followed_is_named(tmp_path):
-    more = ", Variation seed: 5, Variation seed strength: 0.3, ENSD: 31337, Face restoration: CodeFormer, Eta: 0.67"
+    more = ", Variation seed: 5, Variation seed strength: 0.3, ENSD: 31337, Face restoration: CodeFormer"
     text = TEXT + more + ', Lora hashes: "style: abc", Denoising strength: 0.4, ControlNet 0: "canny"'
     with pytest.warns(UserWarning, match="not followed here") as caught:
         drawing_of({"again": png(tmp_path / "a.png", text), "model": "shapes"})
