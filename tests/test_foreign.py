@@ -111,7 +111,6 @@ def test_what_is_not_followed_is_named(tmp_path):
         "strength: 0.3",
         "ENSD: 31337",
         "CodeFormer",
-        "Eta: 0.67",
         "style: abc",
         "canny",
     ):
