@@ -8,6 +8,7 @@ the first two make a normal number (Box & Muller 1958), as in CUDA's curand.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 
 import numpy as np
@@ -20,14 +21,19 @@ RNGS = ("cpu", "cuda")
 Source = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
+def check_rng(rng: object) -> None:
+    """Raise ValueError unless there is noise of this kind."""
+    if rng not in RNGS:
+        raise ValueError(f"rng must be {' or '.join(RNGS)}, not {reprlib.repr(rng)}.")
+
+
 def noise_source(seed: int, rng: str = "cpu") -> Source:
     """The noise of a seed. Raises ValueError for another rng than "cpu" and "cuda".
 
     cpu    as torch.randn with a generator of the CPU, in the dtype asked for: another dtype draws other noise
     cuda   as torch.randn on an NVIDIA GPU in float32, as long as it has a thread for each value; then converted
     """
-    if rng not in RNGS:
-        raise ValueError(f"rng must be {' or '.join(RNGS)}, not {rng!r:.60}.")
+    check_rng(rng)
     if rng == "cpu":
         generator = torch.Generator().manual_seed(seed)
         return lambda shape, dtype: torch.randn(shape, generator=generator, dtype=dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .image import to_pil
 from .model import StableDiffusion
-from .noise import noise_source
+from .noise import check_rng, noise_source
 from .pictures import Pictures, Start, begin_from, beside, pasted
 from .pictures.given import pictures_in, size_of
 from .prompts.arguments import (
@@ -311,7 +311,7 @@ class SimpleSampler:
             scheduler = usual.make_scheduler(scheduler, num_inference_steps, eta)
         guidance = guidance_scale, plain(guidance_rescale)
         check_numbers(*guidance, num_images_per_prompt, seed)
-        noise_source(0, rng)
+        check_rng(rng)
         if image is None and mask_image is not None:
             raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")
         f, channels = self.model.vae.config.downsampling, self.model.vae.config.z_channels

@@ -132,12 +132,6 @@ class CLIPText(nn.Module):
         return self.final_layer_norm(x)
 
 
-def text_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """All tensors of a text encoder and their shapes: 196 for Stable Diffusion v1."""
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in CLIPText(config).state_dict().items()}
-
-
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of transformers' CLIPTextModel under our names, which are those of 5.6 and later.
 

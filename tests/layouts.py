@@ -21,9 +21,10 @@ from sd.compare.reference import (
     random_tensors,
     tokenizer_files,
     transformers_text,
+    transformers_tokenizer,
 )
 from sd.compare.reference import random_model as make_model
-from sd.text import TextConfig, text_shapes
+from sd.text import CLIPText, TextConfig
 from sd.weights import names
 from sd.weights.tokenizer import bytes_to_letters
 
@@ -138,13 +139,11 @@ def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False,
 def full_size_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor of the full-size model, all zeros, under CompVis names."""
     with torch.device("meta"):
-        unet, vae = sd.UNet().state_dict(), sd.VAE().state_dict()
-    shapes = {"unet": {n: t.shape for n, t in unet.items()}, "vae": {n: t.shape for n, t in vae.items()}}
-    shapes["text"] = text_shapes(TextConfig())
+        parts = {"unet": sd.UNet(), "vae": sd.VAE(), "text": CLIPText(TextConfig())}
     return {
-        names.PREFIXES[part] + name: torch.zeros(shape, dtype=dtype)
-        for part in shapes
-        for name, shape in shapes[part].items()
+        names.PREFIXES[part] + name: torch.zeros(tensor.shape, dtype=dtype)
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
     }
 
 
@@ -159,3 +158,29 @@ def write_full_size(folder: Path, hub: bool = False) -> tuple[Path, Path]:
 
 def draw(model, prompt="a red star", sampler=sd.SimpleSampler, **call):
     return sampler(model)(prompt, **{"num_inference_steps": 3, "output_type": "latent", **call})
+
+
+def diffusers_images(
+    model: sd.StableDiffusion,
+    scheduler,
+    prompt="a red star above a blue ring",
+    kind="StableDiffusionPipeline",
+    seeds=(3,),
+    **options,
+):
+    """What one of diffusers' pipelines draws with the same weights, and transformers' text encoder and tokenizer."""
+    import diffusers
+
+    pipeline = getattr(diffusers, kind)(
+        vae=diffusers_vae(model),
+        text_encoder=transformers_text(model.text),
+        tokenizer=transformers_tokenizer(model.text),
+        unet=diffusers_unet(model),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return pipeline(prompt, generator=generators if len(seeds) > 1 else generators[0], **options).images

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import sd
 import sd.weights.tokenizer
-from sd.text import TextConfig, text_shapes
+from sd.text import CLIPText, TextConfig
 from sd.weights import configs, names
 from sd.weights.contents import format_info
+from sd.weights.source import shapes_of
 from sd.weights.unread import computes_in
 from tests.layouts import (
     compvis_tensors,
@@ -336,18 +337,18 @@ def test_names_of_the_full_model_are_those_of_diffusers_and_transformers():
 
     with torch.device("meta"):
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-    shapes = text_shapes(TextConfig())
+    with torch.device("meta"):
+        shapes = shapes_of(CLIPText(TextConfig()))
     assert len(shapes) == 196
     assert {n.removeprefix("text_model."): tuple(t.shape) for n, t in text.state_dict().items()} == shapes
 
 
 def test_sizes_are_read_off_a_full_size_file():
     with torch.device("meta"):
-        unet, vae = sd.UNet(), sd.VAE()
+        unet, vae, text = sd.UNet(), sd.VAE(), CLIPText(TextConfig())
     assert sd.UNetConfig(**configs.infer_unet(unet.state_dict())) == sd.UNetConfig()
     assert sd.VAEConfig(**configs.infer_vae(vae.state_dict())) == sd.VAEConfig()
-    text = {n: torch.empty(s, device="meta") for n, s in text_shapes(TextConfig()).items()}
-    assert TextConfig(**configs.infer_text(text)) == TextConfig()
+    assert TextConfig(**configs.infer_text(text.state_dict())) == TextConfig()
 
 
 def test_peer_models_have_the_same_weights(tiny):

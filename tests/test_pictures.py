@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import sd
-from sd.compare.reference import random_model, transformers_text, transformers_tokenizer
+from sd.compare.reference import random_model
 from sd.pictures import alpha_mask, extend, from_enlarged, read_picture
 from sd.pictures.given import on_white
 from sd.pictures.inversion import step_back
 from sd.scheduler import SCHEDULERS
 from sd.study.page import study_page
-from tests.layouts import UNET, diffusers_unet, diffusers_vae
+from tests.layouts import UNET, diffusers_images
 from tests.test_sampler import pixels
 from tests.test_solvers import config, theirs_of
 
@@ -43,22 +43,8 @@ def square_mask(width=64, height=64, box=(16, 8, 48, 40), value=255):
     return mask
 
 
-def theirs(model, kind, scheduler, steps, seeds=(3,), **options):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = getattr(diffusers, kind)(
-        vae=diffusers_vae(model),
-        text_encoder=transformers_text(model.text),
-        tokenizer=transformers_tokenizer(model.text),
-        unet=diffusers_unet(model),
-        scheduler=theirs_of(config(scheduler)),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    generator = generators if len(seeds) > 1 else generators[0]
-    return pipeline(PROMPT, generator=generator, num_inference_steps=steps, **options).images
+def theirs(model, kind, scheduler, steps, **options):
+    return diffusers_images(model, theirs_of(config(scheduler)), kind=kind, num_inference_steps=steps, **options)
 
 
 # DPM++ SDE draws its noise from a Brownian tree in diffusers, LCM and PNDM choose other timesteps in the middle, LMS

@@ -10,10 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 import sd
-from sd.compare.reference import transformers_text, transformers_tokenizer
 from sd.model import Defaults
+from sd.schedule import PREDICTIONS
 from sd.scheduler import SCHEDULERS, find_name
-from tests.layouts import compvis_tensors, diffusers_unet, diffusers_vae, write_ckpt, write_hub, write_tokenizer
+from tests.layouts import (
+    compvis_tensors,
+    diffusers_images,
+    write_ckpt,
+    write_hub,
+    write_tokenizer,
+)
 from tests.test_sampler import pixels
 from tests.test_solvers import config, theirs_of
 
@@ -21,22 +27,9 @@ PROMPT = "a red star above a blue ring"
 V = {"prediction_type": "v_prediction"}
 
 
-def theirs(model, settings, steps, **options):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=diffusers_vae(model),
-        text_encoder=transformers_text(model.text),
-        tokenizer=transformers_tokenizer(model.text),
-        unet=diffusers_unet(model),
-        scheduler=theirs_of(settings),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    options = {"guidance_scale": 4.0} | options
-    return pipeline(PROMPT, generator=generator, num_inference_steps=steps, **options).images
+def theirs(model, settings, steps, guidance_scale=4.0, **options):
+    how = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    return diffusers_images(model, theirs_of(settings), **how, **options)
 
 
 # DPM++ SDE's noise is that of a Brownian tree in diffusers: its steps are compared in test_solvers.py.
@@ -138,12 +131,24 @@ def test_a_yaml_beside_a_checkpoint_says_v(tiny, tmp_path):
     assert sd.load(path).defaults.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+WORKS = [(name, prediction) for name, kind in SCHEDULERS.items() for prediction in kind.predictions]
+REFUSED = [(name, prediction) for name in SCHEDULERS for prediction in PREDICTIONS if (name, prediction) not in WORKS]
+
+
+@pytest.mark.parametrize(("name", "prediction"), REFUSED)
+def test_what_diffusers_refuses_is_refused(name, prediction):
+    """diffusers raises where it is asked to step; ours where the solver is made."""
+    with pytest.raises(ValueError, match=f"cannot work with a model that predicts '{prediction}'"):
+        sd.make_scheduler(name, 3, schedule=sd.NoiseSchedule(prediction_type=prediction))
+    theirs = theirs_of(config(name, prediction_type=prediction))
+    theirs.set_timesteps(3)
+    with pytest.raises((NotImplementedError, ValueError), match="prediction_type"):
+        theirs.step(torch.zeros(1, 4, 2, 2), theirs.timesteps[0], torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "prediction"), WORKS)
 def test_what_a_step_says_of_the_noise_is_the_noise(name, prediction):
     """With the noise and the clean latents that a prediction stands for, x is what it was."""
-    if prediction not in SCHEDULERS[name].predictions:
-        pytest.skip("diffusers refuses it, too")
     solver = sd.make_scheduler(name, 7, schedule=sd.NoiseSchedule(prediction_type=prediction))
     x, guess = torch.randn(2, 1, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for i in range(len(solver.timesteps)):

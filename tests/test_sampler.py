@@ -9,40 +9,16 @@ import pytest
 import torch
 
 import sd
-from sd.compare.reference import transformers_text, transformers_tokenizer
+from sd.compare.reference import diffusers_scheduler
 from sd.sampler import denoise, guided
-from tests.layouts import diffusers_unet, diffusers_vae, make_model
+from tests.layouts import diffusers_images, make_model
 
 PROMPT = "a red star above a blue ring"
 
 
-def diffusers_images(model, scheduler, prompt=PROMPT, seeds=(3,), **options):
-    diffusers = pytest.importorskip("diffusers")
-    made = diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-        set_alpha_to_one=False,
-    )
-    if scheduler == "ddim":
-        made = diffusers.DDIMScheduler.from_config(made.config, clip_sample=False)
-    elif scheduler == "lms":
-        made = diffusers.LMSDiscreteScheduler.from_config(made.config)
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=diffusers_vae(model),
-        text_encoder=transformers_text(model.text),
-        tokenizer=transformers_tokenizer(model.text),
-        unet=diffusers_unet(model),
-        scheduler=made,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return pipeline(prompt, generator=generators if len(seeds) > 1 else generators[0], **options).images
+def v1_scheduler(name):
+    pytest.importorskip("diffusers")
+    return diffusers_scheduler(name)
 
 
 def pixels(images):
@@ -61,7 +37,7 @@ def pixels(images):
 )
 def test_pixels_are_those_of_diffusers(tiny, scheduler, options):
     size = {"height": 128, "width": 192}
-    expected = diffusers_images(tiny, scheduler, **size, **options)
+    expected = diffusers_images(tiny, v1_scheduler(scheduler), **size, **options)
     got = sd.SimpleSampler(tiny)(PROMPT, seed=3, scheduler=scheduler, **size, **options)
     assert (pixels(got) == pixels(expected)).all()
     assert pixels(got).std() > 10  # and it is a picture, not one colour
@@ -69,7 +45,7 @@ def test_pixels_are_those_of_diffusers(tiny, scheduler, options):
 
 def test_lms_is_diffusers_up_to_rounding(tiny):
     options = {"num_inference_steps": 8, "height": 64, "width": 64}
-    expected = diffusers_images(tiny, "lms", **options)
+    expected = diffusers_images(tiny, v1_scheduler("lms"), **options)
     got = sd.SimpleSampler(tiny)(PROMPT, seed=3, scheduler="lms", **options)
     assert np.abs(pixels(got) - pixels(expected)).max() <= 1
 
@@ -77,7 +53,9 @@ def test_lms_is_diffusers_up_to_rounding(tiny):
 def test_a_batch_is_that_of_diffusers(tiny):
     prompts = [PROMPT, "a cross"]
     options = {"num_inference_steps": 5, "negative_prompt": ["blur", ""], "num_images_per_prompt": 2}
-    expected = diffusers_images(tiny, "pndm", prompts, (5, 6, 7, 8), **options, height=64, width=64)
+    expected = diffusers_images(
+        tiny, v1_scheduler("pndm"), prompts, seeds=(5, 6, 7, 8), **options, height=64, width=64
+    )
     got = sd.SimpleSampler(tiny)(prompts, seed=5, **options)
     assert np.abs(pixels(got) - pixels(expected)).max() <= 1  # other batch sizes in the VAE: other rounding
 
@@ -86,7 +64,7 @@ def test_a_batch_is_that_of_diffusers(tiny):
 def test_full_size_pixels_are_those_of_diffusers():
     model = make_model(sd.UNetConfig(), sd.VAEConfig(), sd.text.TextConfig(), size=512)
     options = {"num_inference_steps": 2, "height": 128, "width": 192, "negative_prompt": "blur"}
-    expected = diffusers_images(model, "pndm", **options)
+    expected = diffusers_images(model, v1_scheduler("pndm"), **options)
     assert (pixels(sd.SimpleSampler(model)(PROMPT, seed=3, **options)) == pixels(expected)).all()
 
 

@@ -213,9 +213,8 @@ def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterato
         if drawing.hires:
             from ..pictures import enlarged_size, from_enlarged
 
-            enlarged_size(
-                *size_of_drawing(sampler.model, drawing), drawing.hires
-            )  # too large: said before it is drawn
+            first = size_of_drawing(sampler.model, drawing)
+            enlarged_size(*first, drawing.hires)  # too large a picture is named before anything is drawn
         images, request = draw_once(sampler, call, partial(bar, desc=f"drawing{numbers}"))
         if drawing.hires:
             again = call | from_enlarged(images, drawing.hires)

@@ -85,7 +85,6 @@ def foreign_settings(text: str, given: Collection[str] = ()) -> tuple[dict[str, 
         found["width"], found["height"] = map(int, sides.groups())
     take("Clip skip", "clip_skip", lambda count: int(count) - 1)
     take("Hires upscale", "hires", float)
-    take("Eta DDIM", "eta", float)
     if len(fields.get("Model hash", "")) == 10:  # shorter ones are of another kind
         take("Model hash", "model_hash", str.lower)
     take("Model", "model", str)
@@ -96,6 +95,8 @@ def foreign_settings(text: str, given: Collection[str] = ()) -> tuple[dict[str, 
         found["scheduler"] = solver_named(sampler, schedule)
         if found["scheduler"].startswith(OTHER_NOISE):
             missed.append(f"Sampler: {printable(sampler, 40)} (its noise is drawn in another way)")
+    if found.get("scheduler") == "ddim":
+        take("Eta DDIM", "eta", float)
     fresh = str(found.get("scheduler", "")).startswith(("euler_a", "dpm2_a", "dpmpp_sde", "dpmpp_2m_sde"))
     if fields.get("Eta") in ("1", "1.0") or not fresh:
         fields.pop("Eta", None)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from ..attention import SpatialTransformer
 from ..model import StableDiffusion
-from ..prompts.encoder import TextEncoder, text_model
+from ..prompts.encoder import TextEncoder
 from ..prompts.tokenizer import END, START
 from ..schedule import V1, NoiseSchedule
-from ..text import TextConfig, text_shapes
+from ..text import CLIPText, TextConfig
 from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
 from ..vae import VAE, VAEConfig
 from ..weights import names
@@ -85,13 +85,12 @@ def random_model(
 ) -> StableDiffusion:
     """A model of these sizes with random weights, always the same, and a tokenizer of single bytes."""
     with torch.device("meta"):
-        parts = UNet(unet), VAE(vae)
+        parts = UNet(unet), VAE(vae), CLIPText(text)
     for seed, part in enumerate(parts):
         shapes = {key: tensor.shape for key, tensor in part.state_dict().items()}
-        part.load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
-    shapes = {key: torch.Size(shape) for key, shape in text_shapes(text).items()}
-    encoder = TextEncoder(text_model(text, random_tensors(shapes, 2, dtype)), tokenizer_files())
-    return StableDiffusion(parts[0].eval(), parts[1].eval(), encoder, name=name, size=size)
+        part.eval().load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
+    encoder = TextEncoder(parts[2].requires_grad_(False), tokenizer_files())
+    return StableDiffusion(parts[0], parts[1], encoder, name=name, size=size)
 
 
 def random_model_of(kind: str, dtype: torch.dtype) -> StableDiffusion:

@@ -106,7 +106,9 @@ class TextEncoder:
             raise ValueError(f"A prompt must be a text, or a list of texts, not {short(prompts)}.")
         parts = [self.chunks(text, prompt_style) for text in texts]
         for text in texts:
-            self._warn(text, self.ids(text) if prompt_style == "plain" else [])
+            if prompt_style == "plain":
+                self._warn_of_what_is_cut(text)
+            self._warn_of_unknown_words(text)
         rows = torch.tensor([chunk.ids for chunks in parts for chunk in chunks])
         z = self.model(rows, skip)  # (all chunks, 77, C)
         if prompt_style != "plain":
@@ -140,11 +142,13 @@ class TextEncoder:
         """As many of these as the model reads, the last one END."""
         return ids[:-1][: self.config.max_position_embeddings - 1] + ids[-1:]
 
-    def _warn(self, text: str, ids: list[int]) -> None:
-        length = self.config.max_position_embeddings
+    def _warn_of_what_is_cut(self, text: str) -> None:
+        ids, length = self.ids(text), self.config.max_position_embeddings
         if len(ids) > length:
             dropped = self.tokenizer.text_of(ids[length - 1 : -1])[:1000]
             warnings.warn(f'The prompt is cut after {length - 2} tokens; dropped: "{dropped}".', stacklevel=4)
+
+    def _warn_of_unknown_words(self, text: str) -> None:
         if self.known_words is not None:
             words = dict.fromkeys(re.findall("[a-z]+", text.lower()))  # each once, in order
             unknown = [f'"{word}"' for word in words if word not in self.known_words]

@@ -66,6 +66,14 @@ def deepest(text: str) -> int:
     return most
 
 
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def weight_of(number: str) -> float:
     try:
         weight = float(number)
@@ -174,13 +182,8 @@ def _weighted(text: str, weight: float) -> Weighted:
             continue
         inside, factor = part[1:-1], weight * 1.1
         before, colon, number = inside.rpartition(":")
-        if colon and before:
-            try:
-                factor, inside = float(number), before
-            except ValueError:  # a colon of the text
-                pass
-            else:
-                weight_of(number)
+        if colon and before and is_number(number):
+            factor, inside = weight_of(number), before
         result += _weighted(inside, factor)
     return result
 

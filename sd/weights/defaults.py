@@ -104,7 +104,8 @@ def check_schedule(config: Mapping[str, Any]) -> None:
         ("trained_betas", (None,)),
     ):
         if key in config and config[key] not in known:
-            raise ValueError(f"it was trained with {key} = {config[key]!r}, and what is known is {known[0]!r}")
+            expected = " or ".join(map(repr, known))
+            raise ValueError(f"it was trained with {key} = {config[key]!r}, where {expected} is expected")
     for key in ("beta_start", "beta_end"):
         if key in config and not (type(config[key]) is float and 0 < config[key] < 1):
             raise ValueError(f"it was trained with {key} = {config[key]!r}, which is no share of noise")
@@ -128,10 +129,8 @@ def defaults_from_hub(config: Mapping[str, Any], name: str) -> Defaults:
     leaves v1's, "pndm", with a warning that says what it was.
     """
     # diffusers' StableDiffusionPipeline puts these there, whatever the file says
-    config = {
-        **config,
-        **{key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in config},
-    }
+    fixed = {"steps_offset": 1, "clip_sample": False}
+    config = {key: fixed.get(key, value) for key, value in config.items()}
     left_out = config.get("_use_default_values") or ()
     noise = {f.name: config[f.name] for f in fields(NoiseSchedule) if f.name in config and f.name not in left_out}
     schedule = NoiseSchedule(**noise)
@@ -170,7 +169,7 @@ def prediction_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[s
     config beside the file, of the same name with the ending .yaml.
     """
     said = [str(metadata.get("modelspec.prediction_type", ""))]
-    if true(metadata.get("ss_v_parameterization")) or "v_pred" in tensors:
+    if says_yes(metadata.get("ss_v_parameterization")) or "v_pred" in tensors:
         said.append("v")
     for beside in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
         if beside.is_file():
@@ -182,7 +181,7 @@ def prediction_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[s
     return "epsilon" if not said else "v_prediction" if said[0] in _V else said[0][:40]
 
 
-def true(value: Any) -> bool:
+def says_yes(value: Any) -> bool:
     return str(value).lower() in ("true", "1")
 
 
@@ -192,7 +191,7 @@ def defaults_of_file(prediction: str, metadata: Mapping[str, Any], tensors: Iter
     A tensor called ztsnr, or kohya's trainer, says that its last timestep is noise alone. Then the steps begin there
     (arXiv:2305.08891): PNDM cannot, DDIM can. Nor does PNDM work with a predicted x_0.
     """
-    to_noise = "ztsnr" in tensors or true(metadata.get("ss_zero_terminal_snr"))
+    to_noise = "ztsnr" in tensors or says_yes(metadata.get("ss_zero_terminal_snr"))
     schedule = NoiseSchedule(prediction_type=prediction, rescale_betas_zero_snr=to_noise)
     solver = "ddim" if to_noise or prediction == "sample" else "pndm"
     options = {"timestep_spacing": "trailing"} if to_noise else {}
