@@ -222,3 +222,22 @@ def test_wrong_edits(tiny):
         pass
     with pytest.raises(ValueError, match="half must be"), study.attention_maps(tiny, half="left"):
         pass
+
+
+def test_the_text_encoders_attention_is_seen_as_it_is(tiny):
+    """Causal: no token sees those after it. Given back as they were, the probabilities make the same embeddings."""
+    seen = []
+
+    def look(probabilities, at):
+        seen.append(probabilities)
+        return probabilities.clone()
+
+    wanted = tiny.encode_prompt("a red star")
+    with study.edit(tiny, {"text.*.attend": look}):
+        got = tiny.encode_prompt("a red star")
+    assert len(seen) == len(tiny.text.model.encoder.layers)
+    for probabilities in seen:
+        assert probabilities.shape[-2:] == (77, 77)
+        assert probabilities.triu(1).abs().max() == 0
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:-1]))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
