@@ -169,3 +169,23 @@ def test_agreement_alone_is_no_question(monkeypatch):
     agree({"anything": 1})
     assert asked == []
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"rng": "cuda"}, "the seeds"),
+        ({"seed": 4}, "the seeds"),
+        ({"guidance_rescale": 0.5}, "the prompts"),
+        ({"clip_skip": 1}, "the prompts"),
+        ({"scheduler": sd.make_scheduler("ddim", 3, timestep_spacing="trailing")}, "the scheduler"),
+        ({"scheduler": sd.make_scheduler("ddim", 3, 0.5)}, "the scheduler"),
+    ],
+)
+def test_what_has_to_be_the_same_on_every_rank(tiny, changes, what):
+    """Each argument that decides the picture is among what ranks compare before they draw."""
+    sampler = sd.ParallelSampler(tiny)
+    call = {"num_inference_steps": 3, "scheduler": "ddim", "seed": 3}
+    one = sampler.fingerprints(sampler.request("a star", **call))
+    other = sampler.fingerprints(sampler.request("a star", **call | changes))
+    assert [name for name in one if one[name] != other[name]] == [what]

@@ -175,6 +175,15 @@ def test_long_prompts_in_other_ways_to_run(variant):
     torch.testing.assert_close(alone, expected[1:], rtol=1e-8, atol=1e-8)
 
 
+def test_the_memory_plan_counts_the_tokens_of_all_chunks(tiny):
+    sampler = sd.LeanSampler(tiny, "2GB")
+    call = {name: value for name, value in CALL.items() if name != "output_type"}
+    short, long = sampler.plan("a star", **call), sampler.plan(LONG, **call)
+    assert short.job.tokens == 77
+    assert long.job.tokens == tiny.encode_prompt([LONG], "a1111").shape[1] > 77
+    assert long.peaks["UNet"] > short.peaks["UNet"]
+
+
 def test_instruments_know_the_words_of_all_chunks(tiny):
     text = "a (red:1.4) star BREAK a blue ring"
     assert words_of(tiny.text, text, "a1111")[-1] == ("ring", [77 + 6, 77 + 7, 77 + 8, 77 + 9])
