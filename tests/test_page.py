@@ -235,3 +235,15 @@ def test_full_size_latents_fit_in_15_mb():
     assert len(data["steps"]) == 20
     assert len(data["maps"]["layers"]) == 16
     assert len(page) < 15e6
+
+
+def test_a_prompt_of_several_chunks(tiny):
+    """Every place belongs to a word, to a start or to an end; and the page says how the prompt was read."""
+    call = {"num_inference_steps": 2, "scheduler": "ddim", "prompt_style": "a1111", "clip_skip": 1, "rng": "cuda"}
+    page, record = study_page(sd.SimpleSampler(tiny), "a (star:1.2) BREAK st", **call)
+    words = data_of(page)["maps"]["words"]
+    assert [word["text"] for word in words] == ["a", "star", "st", "start", "end"]
+    assert words[-2]["tokens"] == [0, 77]
+    assert sorted(place for word in words for place in word["tokens"]) == list(range(154))
+    settings = {name: record.settings[name] for name in ("prompt_style", "clip_skip", "rng")}
+    assert settings == {name: call[name] for name in settings}
