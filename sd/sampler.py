@@ -143,13 +143,13 @@ def denoise(
     denoiser: Denoiser,
     x: Tensor,
     scheduler: Scheduler,
-    draw: Callable[[], Tensor] | None = None,
+    draw: Callable[[torch.dtype | None], Tensor] | None = None,
     begin: int = 0,
     restore: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """The denoising loop. x: (B, 4, h, w), unit noise times the scheduler's `init_noise_sigma`.
 
-    draw      gives fresh unit noise like x; it is called where a step of the scheduler needs that
+    draw      gives fresh unit noise like x, drawn in the scheduler's `noise_dtype`, where a step of it needs that
     begin     the scheduler's step to begin with; x is then what `scheduler.add_noise` makes of clean latents
     restore   from the scheduler's step i, and x after it, to x with what is to stay put back: a mask
     """
@@ -160,7 +160,7 @@ def denoise(
         with announced(run=run, images=images, size=size, step=step, timestep=timestep):
             prediction = denoiser(scheduler.scale_input(i, x), t)
         noise, denoised = scheduler.noise(i, prediction, x), scheduler.denoised(i, prediction, x)
-        fresh = draw() if draw and scheduler.draws(i) else None
+        fresh = draw(scheduler.noise_dtype) if draw and scheduler.draws(i) else None
         x, state = scheduler.step(i, prediction, x, state, variance_noise=fresh)
         if restore is not None:
             x = restore(i, x)
@@ -385,7 +385,7 @@ class SimpleSampler:
     def encode_prompt(self, texts: list[str], **how: Any) -> Tensor:
         return self.model.encode_prompt(texts, **how)
 
-    def start(self, request: Request, draw: Callable[[], Tensor]) -> Start:
+    def start(self, request: Request, draw: Callable[..., Tensor]) -> Start:
         """Where the loop begins: with noise, or with a picture under noise."""
 
         def encode(images: Tensor, which: tuple[int, ...], noise: Tensor) -> Tensor:
@@ -444,17 +444,18 @@ def finished(images: Tensor, output_type: str) -> list[Image.Image] | Tensor:
     return images if output_type == "pt" else to_pil(images)
 
 
-def noise_like_diffusers(model: StableDiffusion, request: Request) -> Callable[[], Tensor]:
+def noise_like_diffusers(model: StableDiffusion, request: Request) -> Callable[..., Tensor]:
     """A function that draws (B, 4, h, w) of unit noise, each image's from the source of its own seed.
 
-    Drawn in the model's dtype, as diffusers does: another dtype draws other noise from the same seed.
+    Drawn in the model's dtype if no other is given, as diffusers does: another draws other noise from the same seed.
     """
     sources = [noise_source(seed, request.rng) for seed in request.seeds]
     f = model.vae.config.downsampling
     shape = (1, model.vae.config.z_channels, request.height // f, request.width // f)
 
-    def draw() -> Tensor:
-        return torch.cat([source(shape, request.context.dtype) for source in sources]).to(request.context.device)
+    def draw(dtype: torch.dtype | None = None) -> Tensor:
+        like = request.context
+        return torch.cat([source(shape, dtype or like.dtype) for source in sources]).to(like.device)
 
     return draw
 

@@ -95,6 +95,7 @@ class Scheduler:
     eta = 0.0  # above 0 for DDIM alone
     name = ""  # in SCHEDULERS
     calls: ClassVar[int] = 1  # of the model for each of num_inference_steps
+    noise_dtype: ClassVar[torch.dtype | None] = None  # which fresh noise is drawn in; None: the model's
     predictions: ClassVar[tuple[str, ...]] = PREDICTIONS  # those that the solver can work with
 
     def __post_init__(self) -> None:

@@ -63,6 +63,17 @@ def test_img2img_is_that_of_diffusers(tiny, scheduler, strength):
     assert np.abs(pixels(got) - pixels(expected)).max() <= (scheduler == "dpm2_a")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])  # torch draws the same in all but float64
+@pytest.mark.parametrize("scheduler", ["ddpm", "euler_a", "dpmpp_2m_sde"])
+def test_noise_of_a_seed_in_other_dtypes_is_that_of_diffusers(scheduler, dtype):
+    model = random_model(dtype=dtype)
+    options = {"guidance_scale": 4.0, "height": 32, "width": 32}
+    expected = theirs(model, "StableDiffusionPipeline", scheduler, 4, **options)
+    got = sd.SimpleSampler(model)(PROMPT, seed=3, scheduler=scheduler, num_inference_steps=4, **options)
+    difference = np.abs(pixels(got).astype(int) - pixels(expected))
+    assert difference.max() == 0 if dtype == torch.float64 else difference.mean() < 2
+
+
 @pytest.mark.parametrize("channels", [4, 9])
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler_a", "dpmpp_2m", "heun", "unipc", "ddpm"])

@@ -55,12 +55,16 @@ def plot(points: dict[str, list[tuple[float, float]]], label: str) -> Image.Imag
         canvas.text((at(x, 0)[0] - 6, high - foot + 6), f"{x:g}", "grey")
     canvas.text((wide - right - 60, high - 16), label, "grey")
     for i, (name, line) in enumerate(points.items()):
-        colour, dashed = COLOURS[i % len(COLOURS)], i >= len(COLOURS)
+        colour, hollow = COLOURS[i % len(COLOURS)], i >= len(COLOURS)
         places = [at(x, share) for x, share in sorted(line)]
-        canvas.line(places, colour, 1 if dashed else 2)
+        canvas.line(places, colour, 1 if hollow else 2)
         for x, y in places:
-            canvas.ellipse((x - 3, y - 3, x + 3, y + 3), "white" if dashed else colour, colour)
-        canvas.text((wide - right + 20, 8 + 20 * i), name, colour)
+            canvas.ellipse((x - 3, y - 3, x + 3, y + 3), "white" if hollow else colour, colour)
+        y = 14 + 20 * i
+        canvas.line((wide - right + 14, y, wide - right + 30, y), colour, 1 if hollow else 2)
+        x = wide - right + 22
+        canvas.ellipse((x - 3, y - 3, x + 3, y + 3), "white" if hollow else colour, colour)
+        canvas.text((wide - right + 36, y - 6), name, colour)
     return image
 
 

@@ -38,7 +38,7 @@ class Start:
     beside: Tensor | None = None
 
 
-def begin_from(request: Any, draw: Callable[[], Tensor], encode: Encode, in_channels: int) -> Start:
+def begin_from(request: Any, draw: Callable[..., Tensor], encode: Encode, in_channels: int) -> Start:
     """request: of a sampler. `draw` gives (B, 4, h, w) of unit noise, each image's from its own generator."""
     pictures: Pictures | None = request.pictures
     scheduler, begin = request.scheduler, request.begin

@@ -106,6 +106,7 @@ class DPMpp2MSDE(DPMpp2M):
     """DPMpp2M for the equation with noise: each step forgets a part of x, and draws it anew."""
 
     name = "dpmpp_2m_sde"
+    noise_dtype = torch.float32  # even in float64, as in diffusers
 
     @cached_property
     def _coefficients(self) -> list[list[float]]:
