@@ -143,8 +143,7 @@ def measure_dtype(cpu: sd.StableDiffusion, dtype: torch.dtype, args: argparse.Na
         else:
             calls[name] = lambda unet=unet: unet(x, t, context)
     with torch.no_grad():
-        for name in ("textbook", "fast"):
-            calls[f"{name}, graph"] = graphed(calls[name])
+        calls["textbook, graph"] = graphed(calls["textbook"])
     table(f"UNet call, {dtype}", calls, args.rounds, exact["unet"], result)
     scale = model.vae.config.scale_factor
     calls = {}

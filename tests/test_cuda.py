@@ -118,3 +118,45 @@ def test_pictures_in(exact_products):
     for kind in (sd.SimpleSampler, sd.LeanSampler):
         there = kind(sd.load("shapes", device="cuda", dtype=torch.float32))(PROMPT, **call)
         assert (here - there.cpu()).abs().max() < 0.02
+
+
+def test_a_graph_of_the_unet_is_what_the_unet_computes(exact_products):
+    model = random_model_of("small", torch.float16).to("cuda")
+    fast = sd.fast(model)
+    g = torch.Generator().manual_seed(0)
+
+    def given(batch, side=8):
+        x = torch.randn(batch, 4, side, side, generator=g).cuda().half()
+        context = torch.randn(batch, 77, model.unet.config.context_dim, generator=g).cuda().half()
+        return x, torch.full((batch,), 481.0, device="cuda"), context
+
+    with torch.no_grad():
+        for batch, side in ((2, 8), (1, 8), (2, 16), (2, 8)):
+            for _ in range(2):
+                inputs = given(batch, side)
+                assert relative(fast.unet(*inputs), model.unet(*inputs)) < 1e-2
+        before, first = fast.unet(*inputs), given(2)
+        assert torch.equal(fast.unet(*inputs), before)
+        fast.unet.out[-1].weight.mul_(2)  # in place: the graph sees it
+        fast.unet.out[-1].bias.mul_(2)
+        assert relative(fast.unet(*inputs), 2 * before) < 1e-2
+        fast.unet.out[-1].bias.data = torch.zeros_like(fast.unet.out[-1].bias)  # elsewhere: it is recorded again
+        assert not torch.equal(fast.unet(*inputs), 2 * before)
+        heard = []
+        handle = fast.unet.middle_block.register_forward_hook(lambda *_: heard.append(1))
+        fast.unet(*first), fast.unet(*first)
+        handle.remove()
+        assert len(heard) == 2
+        after = fast.unet(*inputs)
+        with sd.use_attention(fast.unet, lambda q, k, v: torch.zeros_like(q)):
+            assert not torch.equal(fast.unet(*inputs), after)
+        assert torch.equal(fast.unet(*inputs), after)
+
+
+def test_pictures_by_graphs_are_those_of_the_textbook():
+    model = sd.load("shapes", device="cuda")
+    fast, plain = sd.SimpleSampler(sd.fast(model)), sd.SimpleSampler(model)
+    for prompt in (PROMPT, [PROMPT, "a blue ring on a black background"]):
+        for guidance in (7.5, 1.0):
+            call = CALL | {"guidance_scale": guidance}
+            assert (fast(prompt, **call) - plain(prompt, **call)).abs().max() < 0.05

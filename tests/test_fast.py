@@ -28,6 +28,7 @@ from tests.layouts import make_model
 
 fast_py = inspect.getmodule(sd.fast)  # sd.fast is the function
 ops_py = importlib.import_module("sd.speed.operations")
+packed = importlib.import_module("sd.speed.packed")
 winograd_py = importlib.import_module("sd.speed.winograd")
 
 BOUND = {torch.float64: 1e-10, torch.float32: 5e-6}
@@ -168,7 +169,7 @@ def test_packed_weights_serve_fewer_rows(monkeypatch):
     x, w = noise(3000, 24, dtype=torch.float32), noise(48, 24, dtype=torch.float32, seed=1) / 5
     layer = Linear(lambda: w, w)
     make = layer.packed.make
-    layer.packed.make = lambda rows: packs.append(rows) or make(rows)
+    layer.packed.make = lambda dtype, rows: packs.append(rows) or make(dtype, rows)
     for rows in (1000, 999, 17):
         close(layer(x[:rows], 1000), F.linear(x[:rows].double(), w.double()))
     assert packs == [1000] * ops_py.onednn(x)
@@ -370,14 +371,53 @@ def test_attention_can_still_be_replaced(wide):
     assert all(m.attend is ops_py.fast_attention for m in blocks)
 
 
-def test_half_precision_keeps_the_textbook(tiny):
-    model = copy.copy(tiny)
-    model.unet, model.vae = (copy.deepcopy(part).bfloat16() for part in (tiny.unet, tiny.vae))
+def half(model, dtype):
+    result = copy.copy(model)
+    result.unet, result.vae = (copy.deepcopy(part).to(dtype) for part in (model.unet, model.vae))
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_textbook_where_products_in_it_are_slow(tiny, dtype, monkeypatch):
+    monkeypatch.setattr(packed, "bfloat16_gain", lambda: 0.3)
+    model = half(tiny, dtype)
     quick = sd.fast(model)
-    x = noise(1, 4, 8, 8, dtype=torch.bfloat16)
-    t, context = torch.tensor([5.0]), noise(1, 77, 64, dtype=torch.bfloat16)
+    x = noise(1, 4, 8, 8, dtype=dtype)
+    t, context = torch.tensor([5.0]), noise(1, 77, 64, dtype=dtype)
     assert torch.equal(quick.unet(x, t, context), model.unet(x, t, context))
     assert all(m.ops is TEXTBOOK for m in quick.unet.modules() if hasattr(m, "ops"))
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_bfloat16_is_as_exact_as_the_textbook_in_it(wide, onednn, monkeypatch):
+    """By oneDNN where this processor can; its operations by PyTorch's own everywhere."""
+    if onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no products in bfloat16")
+    monkeypatch.setattr(packed, "bfloat16_gain", lambda: float(onednn) * 2)
+    model = half(wide, torch.bfloat16)
+    unet, vae = (copy_of(part, Fast(True)) for part in (model.unet, model.vae))
+    if onednn:
+        quick = sd.fast(model)
+        assert isinstance(quick.unet.ops, Fast)
+        unet, vae = quick.unet, quick.vae
+    x, context = noise(1, 4, 32, 32), noise(2, 77, 64)
+    given = torch.cat([x, x]), torch.tensor([5.0, 5.0]), context
+    small = tuple(v.bfloat16() if v.ndim > 1 else v for v in given)
+
+    def error(got, expected):
+        return ((got.double() - expected).norm() / expected.norm()).item()
+
+    with torch.no_grad():
+        expected, decoded = wide.unet(*given), wide.vae.decode(x)
+        assert error(unet(*small), expected) < 1.5 * error(model.unet(*small), expected)
+        textbook = error(model.vae.decode(x.bfloat16()), decoded)
+        assert error(vae.decode(x.bfloat16()), decoded) < 1.5 * textbook
+
+
+def test_whether_bfloat16_pays_is_measured():
+    packed.bfloat16_gain.cache_clear()
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (packed.bfloat16_gain() > 0) == supported
 
 
 def test_the_builtin_model_draws_the_same_picture():
