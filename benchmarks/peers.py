@@ -124,10 +124,11 @@ def convert_to_openvino(task: str, how: dict[str, Any]) -> None:
 def openvino(task: str, peer: str, how: dict[str, Any]) -> Callable[..., Tensor]:
     import openvino as ov
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[how["dtype"]]
+    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     options["INFERENCE_NUM_THREADS"] = how["threads"]
     compiled = ov.compile_model(openvino_file(task, how), "CPU", options)
-    return lambda *given: torch.from_numpy(compiled([v.numpy() for v in given])[0])
+    return lambda *given: torch.from_numpy(compiled([v.float().numpy() for v in given])[0])
 
 
 def maker(peer: str) -> Callable[..., Callable[..., Tensor]]:

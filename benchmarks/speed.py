@@ -17,10 +17,10 @@ Peers:  textbook               SimpleSampler's modules; of a picture `artist --e
         diffusers, diffusers channels-last     eager, in both memory formats
         diffusers compiled     torch.compile of the UNet, of the decoder
         diffusers best         on a GPU: channels-last, fused QKV, torch.compile(mode="max-autotune")
-        OpenVINO               of diffusers' models, converted; float32 (pip install -e '.[bench]')
+        OpenVINO               of diffusers' models, converted; computes in `--dtype` (pip install -e '.[bench]')
 
 The weights are random, in float16 files (2.1 GB twice, and 3.8 GB for OpenVINO), computed in `--dtype`. Errors are
-largest relative differences from the textbook's modules in float64.
+relative differences from the textbook's modules in float64: the largest, and by the norm.
 """
 
 from __future__ import annotations
@@ -201,6 +201,7 @@ def differences(task: str, entry: dict, how: dict, scratch: Path, lock: Path | N
         for peer, runs in sound.items():
             got = np.load(output(scratch, task, peer, "npy")).astype(np.float64)
             runs[-1]["error"] = float(np.abs(got - exact).max() / np.abs(exact).max())
+            runs[-1]["norm"] = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
     elif task == "picture" and "textbook" in sound:
         from PIL import Image
 
@@ -227,7 +228,9 @@ def table(task: str, entry: dict[str, Any]) -> str:
     head = [TASKS[task], "seconds", "against diffusers", "bar"]
     head += ["first call s" if task in ("unet", "vae") else "note", "peak MB"]
     bars = BARS if entry.get("machine", {}).get("device", "cpu") == "cpu" else {}
-    head += {"error": ["error against float64"], "pixels": ["pixels apart from textbook"]}.get(last or "", [])
+    head += {"error": ["error against float64: largest, norm"], "pixels": ["pixels apart from textbook"]}.get(
+        last or "", []
+    )
     rows = []
     for peer, runs in entry["peers"].items():
         if "failed" in runs[0]:
@@ -245,7 +248,9 @@ def table(task: str, entry: dict[str, Any]) -> str:
         row = [peer, harness.spread(samples(task, runs)), ratio, bars.get((task, peer), ""), note, f"{peak:.0f}"]
         if last:
             value = runs[-1].get(last)
-            row.append("" if value is None else f"{value:.1e}" if last == "error" else str(value))
+            if value is not None and last == "error":
+                value = f"{value:.1e}, {runs[-1].get('norm', float('nan')):.1e}"
+            row.append("" if value is None else str(value))
         rows.append(row)
     loads = [run["load"] for runs in sound.values() for run in runs]
     busy = f"load of the machine (1 minute) after each process: {harness.spread(loads, 1)}\n" if loads else ""
