@@ -225,7 +225,8 @@ class SimpleSampler:
         mask_image            of the picture's size: what is white is drawn anew, what is black stays, grey is drawn
                               anew in the last of the steps; (n, 1, H, W) in [0, 1]
         paste                 True; pixels where the mask is black are the picture's own, with a seam of 4 pixels
-        prompt_style          "plain"; "a1111", "comfy": weights as (word:1.2), and prompts of any length
+        prompt_style          "plain"; "a1111", "comfy": weights as (word:1.2), and prompts of any length; "compel":
+                              the same, with weights as word++ and (two words)1.2
         clip_skip             so many of the text encoder's last layers are left out; 1 is AUTOMATIC1111's 2
         rng                   "cpu"; "cuda": the noise that an NVIDIA GPU draws for a seed, as in AUTOMATIC1111
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operations import Attention
-
 Texts = Mapping[str, str]  # of a tokenizer: "vocab.json", "merges.txt", and "added_tokens.json" where it adds words
 
 
@@ -32,9 +30,15 @@ class TextConfig:
     layer_norm_eps: float = 1e-5
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of (B, heads, T, D), in which no token sees those after it."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, heard: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of (B, heads, T, D), in which no token sees those after it.
+
+    heard: bool (B, T), False for tokens that none sees; the first one is always seen.
+    """
+    if heard is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    seen = heard[:, None, None] & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -46,22 +50,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class CLIPAttention(nn.Module):
-    """Self-attention; what takes the place of `attend` must be causal, too."""
+    """Self-attention; what takes the place of `attend` must be causal, too, and know `heard` where that is given."""
 
     causal = True
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attend: Attention = causal_attention
+        self.attend: Callable[..., Tensor] = causal_attention
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *heard: Tensor) -> Tensor:
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.out_proj(self.attend(q, k, v, *heard).transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class CLIPMLP(nn.Module):
@@ -84,8 +88,8 @@ class CLIPLayer(nn.Module):
         self.mlp = CLIPMLP(c.hidden_size, c.intermediate_size, c.hidden_act)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, *heard: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), *heard)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -121,14 +125,16 @@ class CLIPText(nn.Module):
         self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, tokens: Tensor, skip: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, skip: int = 0, *heard: Tensor) -> Tensor:
         """Token numbers (B, T) on any device -> (B, T, C): the last hidden state, after the final norm.
 
-        skip: so many of the last layers are left out (diffusers' clip_skip).
+        skip    so many of the last layers are left out (diffusers' clip_skip)
+        heard   an attention mask, if any: bool (B, T), False for tokens that no token sees. The first is to be True
         """
-        x = self.embeddings(tokens.to(self.final_layer_norm.weight.device))
+        device = self.final_layer_norm.weight.device
+        x, heard = self.embeddings(tokens.to(device)), tuple(mask.to(device) for mask in heard)
         for layer in self.encoder.layers[: len(self.encoder.layers) - skip]:
-            x = layer(x)
+            x = layer(x, *heard)
         return self.final_layer_norm(x)
 
 

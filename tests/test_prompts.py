@@ -165,13 +165,14 @@ def test_halves_of_unequal_length_are_repeated_exactly():
     assert of_one_length([context[:, :154], context[:, :231]]).shape == (2, 6 * 77, 64)
 
 
-@pytest.mark.parametrize("variant", ["fast", "lean"])
-def test_long_prompts_in_other_ways_to_run(variant):
-    model = make_model(dtype=torch.float64)
-    expected = sd.SimpleSampler(model)([LONG, "a star"], **CALL)
+@pytest.mark.parametrize(("variant", "style"), [("fast", "a1111"), ("lean", "a1111"), ("lean", "compel")])
+def test_long_prompts_in_other_ways_to_run(variant, style):
+    model, call = make_model(dtype=torch.float64), CALL | {"prompt_style": style}
+    prompts = [LONG + "(and more)0.5", "a star"]
+    expected = sd.SimpleSampler(model)(prompts, **call)
     sampler = sd.SimpleSampler(sd.fast(model)) if variant == "fast" else sd.LeanSampler(model)
-    torch.testing.assert_close(sampler([LONG, "a star"], **CALL), expected, rtol=1e-8, atol=1e-8)
-    alone = sampler("a star", **CALL | {"seed": 4})
+    torch.testing.assert_close(sampler(prompts, **call), expected, rtol=1e-8, atol=1e-8)
+    alone = sampler("a star", **call | {"seed": 4})
     torch.testing.assert_close(alone, expected[1:], rtol=1e-8, atol=1e-8)
 
 
@@ -213,7 +214,13 @@ def test_instruments_know_the_words_of_all_chunks(tiny):
         ("a <lora:x:0.8>", "a1111", "A network in the prompt"),
         ("word " * 10_000, "a1111", "at most 64 chunks"),
         ("word " * 10_000, "comfy", "at most 64 chunks"),
-        ("a", "compel", "prompt_style must be plain, a1111 or comfy"),
+        ("word " * 10_000, "compel", "at most 64 chunks"),
+        ("(a = " * 101, "compel", "must not nest more than 100 brackets"),
+        ("a cat.swap(dog) b", "compel", r"Swapping words, a.swap\(b\), is not followed here: take '.swap\('"),
+        ('("a", "b").blend(1, 0.5)', "compel", "A blend of prompts"),
+        ('("a", "b").and()', "compel", "A conjunction of prompts"),
+        ("a withLora(x, 0.5)", "compel", "A network in the prompt"),
+        ("a", "nonsense", "prompt_style must be plain, a1111, comfy or compel"),
     ],
 )
 def test_what_cannot_be_followed_is_said(tiny, text, style, message):

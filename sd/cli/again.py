@@ -11,7 +11,7 @@ from typing import Any
 from ..files import from_root, printable
 from . import given_pictures
 from .foreign import read_foreign
-from .options import DTYPES, LAST_SEED, CommandError
+from .options import DTYPES, LAST_SEED, STYLES, CommandError
 
 LONGEST = 100_000  # characters of a prompt
 # What belongs to the model that was drawn with: with another one it means nothing.
@@ -73,7 +73,7 @@ def plain_options(value: Any) -> bool:
 RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of how it was drawn
     "prompt": text,
     "negative_prompt": text,
-    "prompt_style": one_of("plain", "a1111", "comfy"),
+    "prompt_style": one_of(*STYLES),
     "clip_skip": whole(0, 127),
     "rng": one_of("cpu", "cuda"),
     "scheduler": solver,

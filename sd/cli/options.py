@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from ..files import printable
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+STYLES = ("plain", "a1111", "comfy", "compel")  # of prompts; as in sd/prompts/styles.py, which needs more to import
 LAST_SEED = 2**63 - 1
 RANDOM = -1  # a seed that is chosen at random
 SHOWN = 60  # characters of a wrong word that its message repeats
@@ -176,9 +177,9 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Options of any drawing. They are fields of `Drawing`, which has the defaults."""
     add = parser.add_argument_group("what to draw").add_argument
     add("--negative", dest="negative_prompt", metavar="TEXT", help="What to stay away from.")
-    add("--prompt-style", type=one_of("plain", "a1111", "comfy"), metavar="STYLE", help="How the prompts are "
-        "written: plain, as diffusers reads them, cut at 75 tokens; or a1111 or comfy, with weights such as "
-        "(word:1.2), of any length. Default: plain.")  # fmt: skip
+    add("--prompt-style", type=one_of(*STYLES), metavar="STYLE", help="How the prompts are written: plain, as "
+        "diffusers reads them, cut at 75 tokens; a1111 or comfy, with weights such as (word:1.2), of any length; or "
+        "compel, with weights such as word++ and (two words)1.3. Default: plain.")  # fmt: skip
     add("--clip-skip", type=whole(0), metavar="N", help="How many of the text encoder's last layers are left "
         "out; 1 is what AUTOMATIC1111 calls 2. Default: 0.")  # fmt: skip
     add("--steps", dest="num_inference_steps", type=whole(), metavar="N", help="How many steps to take, 1 to 1000. "

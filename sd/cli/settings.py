@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from ..sampler import SimpleSampler
     from ..scheduler import Scheduler
 
+# What looks like a weight in a prompt -> the styles in which it is one.
+WEIGHTS = {
+    r"\([^()]*:\s*[\d.]+\s*\)|\(\([^()]+\)\)|\bBREAK\b": "a1111 or comfy",
+    r"(?:\w(?:\+\+|--)|\)(?:\++|-+|\d*\.\d+))(?=[\s.,)]|$)": "compel",
+}
 HIRES_STRENGTH = 0.75  # as in sd/pictures/hires.py, which is not imported where it is not needed
 NAMED = ("num_inference_steps", "schedule", "eta", "sigma_spacing")  # of a solver, and told apart from its options
 LARGE = 100_000_000  # parameters of a UNet from which on sd.fast pays; with fewer it is no faster
@@ -122,12 +127,16 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
 
 def hint_at_styles(drawing: Drawing) -> None:
     """Warn where a prompt looks as if it had weights, and is read as plain text."""
-    looks = re.search(r"\([^()]*:\s*[\d.]+\s*\)|\(\([^()]+\)\)|\bBREAK\b", drawing.prompt + drawing.negative_prompt)
-    if looks and drawing.prompt_style is None:
-        warnings.warn(
-            f"{printable(looks.group(), 40)!r} in the prompt is read as plain text. If it is meant as a weight, add "
-            "--prompt-style a1111 or comfy; if not, --prompt-style plain silences this."
-        )
+    if drawing.prompt_style is not None:
+        return
+    for pattern, styles in WEIGHTS.items():
+        looks = re.search(pattern, drawing.prompt) or re.search(pattern, drawing.negative_prompt)
+        if looks:
+            warnings.warn(
+                f"{printable(looks.group(), 40)!r} in the prompt is read as plain text. If it is meant as a weight, "
+                f"add --prompt-style {styles}; if not, --prompt-style plain silences this."
+            )
+            return
 
 
 def config_in(path: str) -> Mapping[str, Any]:

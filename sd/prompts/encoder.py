@@ -89,8 +89,9 @@ class TextEncoder:
         """One prompt or several -> (B, 77k, C): the last hidden state after the final LayerNorm.
 
         prompt_style  "plain", as StableDiffusionPipeline.encode_prompt of diffusers: each prompt is filled up or cut
-                      to 77 tokens, and no attention mask is used. "a1111", "comfy": with weights, in chunks of 77
-                      (styles.py); a prompt of fewer chunks than another is repeated, which attention does not see
+                      to 77 tokens, and no attention mask is used. "a1111", "comfy", "compel": with weights, in
+                      chunks of 77 (styles.py); a prompt of fewer chunks than another is repeated, which attention
+                      does not see
         clip_skip     so many of the last layers are left out; 1 is what AUTOMATIC1111 calls 2
 
         Warns (UserWarning) of what is cut off, with the words, and of words that are not among `known_words`. Raises
@@ -109,14 +110,29 @@ class TextEncoder:
             if prompt_style == "plain":
                 self._warn_of_what_is_cut(text)
             self._warn_of_unknown_words(text)
-        rows = torch.tensor([chunk.ids for chunks in parts for chunk in chunks])
-        z = self.model(rows, skip)  # (all chunks, 77, C)
+        each = [chunk for chunks in parts for chunk in chunks]
+        z = self.model(torch.tensor([chunk.ids for chunk in each]), skip)  # (all chunks, 77, C)
         if prompt_style != "plain":
-            each = [chunk.weights for chunks in parts for chunk in chunks]
-            weights = torch.tensor(each, dtype=torch.float64)[..., None].to(z)
-            empty = self.model(torch.tensor([self.chunks("")[0].ids]), skip) if prompt_style == "comfy" else None
+            z = self._with_faded(z, each, skip)
+            weights = torch.tensor([chunk.weights for chunk in each], dtype=torch.float64)[..., None].to(z)
+            empty = None if prompt_style == "a1111" else self.model(torch.tensor([self.chunks("")[0].ids]), skip)
             z = weighted(z, weights, empty)
         return of_one_length([part.flatten(0, 1)[None] for part in z.split([len(chunks) for chunks in parts])])
+
+    def _with_faded(self, z: Tensor, chunks: Sequence[Chunk], skip: int) -> Tensor:
+        """Chunks (N, 77, C) moved towards their encodings in which no token sees those that are faded."""
+        todo = [(k, faded) for k, chunk in enumerate(chunks) for faded in chunk.faded]
+        result = z
+        for first in range(0, len(todo), len(chunks)):  # as many at once as before: it takes no more memory
+            part = todo[first : first + len(chunks)]
+            rows = torch.tensor([chunks[k].ids for k, _ in part])
+            heard = torch.ones_like(rows, dtype=torch.bool)
+            for row, (_, faded) in zip(heard, part, strict=True):
+                row[faded.start : faded.end] = False
+            shares = torch.tensor([faded.share for _, faded in part], dtype=torch.float64)[:, None, None].to(z)
+            where = torch.tensor([k for k, _ in part], device=z.device)
+            result = result.index_add(0, where, shares * (self.model(rows, skip, heard) - z[where]))
+        return result
 
     def chunks(self, text: str, prompt_style: str = "plain") -> list[Chunk]:
         """The tokens of a text as the model reads them, in chunks of 77; one where the style is plain."""
@@ -173,7 +189,7 @@ def weighted(z: Tensor, weights: Tensor, empty: Tensor | None) -> Tensor:
     """Chunks (N, 77, C) with the weights of their tokens (N, 77, 1).
 
     As AUTOMATIC1111: multiplied, and scaled so that the mean of each chunk is as before. With `empty`, the chunk of
-    no words, as ComfyUI: its distance from that is multiplied.
+    no words, as ComfyUI and compel: its distance from that is multiplied.
     """
     if empty is not None:
         return torch.where(weights == 1, z, (z - empty) * weights + empty)

@@ -1,8 +1,9 @@
-"""Prompts with weights, of any length, in the dialects of AUTOMATIC1111 and ComfyUI: from a text to chunks of tokens.
+"""Prompts with weights, of any length, in the dialects that people write: from a text to chunks of tokens.
 
     a1111   (a) is 1.1, [a] 1 / 1.1, (a:1.3) as it says; nested ones multiply; a backslash before a bracket makes it a
             letter, BREAK begins a chunk (modules/prompt_parser.py and sd_hijack_clip.py of stable-diffusion-webui)
     comfy   the same without [a] and BREAK; a number replaces what is around it (comfy/sd1_clip.py of ComfyUI)
+    compel  a++ is 1.21, (a)1.3 as it says: compel.py
 
 A chunk has 75 tokens between its start and its end, filled up with ends. Each is encoded alone.
 """
@@ -13,9 +14,10 @@ import math
 import re
 from dataclasses import dataclass
 
+from .compel import Faded, compel_chunks
 from .tokenizer import Tokenizer
 
-STYLES = ("plain", "a1111", "comfy")
+STYLES = ("plain", "a1111", "comfy", "compel")
 INSIDE = 75  # tokens of a chunk between start and end
 MOST_CHUNKS = 64  # of a prompt: 4,800 tokens
 MOST_NESTED = 100  # brackets one in the other
@@ -34,14 +36,20 @@ class Chunk:
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    faded: tuple[Faded, ...] = ()  # in compel
 
 
 def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
     """The chunks of a prompt in a style that has weights; one at least. Raises ValueError, in one sentence."""
     if deepest(text) > MOST_NESTED:
         raise ValueError(f"A prompt must not nest more than {MOST_NESTED} brackets: take some out.")
-    chunks = a1111_chunks(text, tokenizer) if style == "a1111" else comfy_chunks(text, tokenizer)
-    if large := next((weight for part in chunks for _, weight in part if abs(weight) > MOST_WEIGHT), None):
+    if style == "compel":
+        chunks = compel_chunks(text, tokenizer, INSIDE)
+    else:
+        plain = a1111_chunks(text, tokenizer) if style == "a1111" else comfy_chunks(text, tokenizer)
+        chunks = [(part, ()) for part in plain]
+    weights = (weight for part, _ in chunks for _, weight in part)
+    if large := next((weight for weight in weights if not -MOST_WEIGHT <= weight <= MOST_WEIGHT), None):
         raise ValueError(f"A weight in the prompt is {large:g}: all must be from -{MOST_WEIGHT} to {MOST_WEIGHT}.")
     if len(chunks) > MOST_CHUNKS:
         raise ValueError(
@@ -52,8 +60,9 @@ def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
         Chunk(
             (start, *(i for i, _ in part), *[end] * (INSIDE - len(part) + 1)),
             (1.0, *(weight for _, weight in part), *[1.0] * (INSIDE - len(part) + 1)),
+            faded,
         )
-        for part in chunks
+        for part, faded in chunks
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..operations import Attention
 
-Look = Callable[[Tensor, Tensor], None]  # q (B, heads, T, D), k (B, heads, S, D)
+Look = Callable[..., None]  # q (B, heads, T, D), k (B, heads, S, D); and a mask of the text's tokens, if there is one
 Change = Callable[[Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]  # probabilities (B, heads, T, S); q, k, v
 
 
@@ -26,28 +26,37 @@ class Around:
     """
 
     def __init__(
-        self, inner: Attention, looks: tuple[Look, ...] = (), changes: tuple[Change, ...] = (), causal: bool = False
+        self,
+        inner: Callable[..., Tensor],
+        looks: tuple[Look, ...] = (),
+        changes: tuple[Change, ...] = (),
+        causal: bool = False,
     ):
         self.inner, self.looks, self.changes, self.causal = inner, looks, changes, causal
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *heard: Tensor) -> Tensor:
         for look in self.looks:
-            look(q, k)  # first: some attentions write their result over q
+            look(q, k, *heard)  # first: some attentions write their result over q
         if not self.changes:
-            return self.inner(q, k, v)
+            return self.inner(q, k, v, *heard)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        probs = changed = probabilities(q.to(dtype), k.to(dtype), self.causal)
+        probs = changed = probabilities(q.to(dtype), k.to(dtype), self.causal, *heard)
         for change in self.changes:
             changed = change(changed, (q, k, v))
-        return self.inner(q, k, v) if changed is probs else (changed @ v.to(dtype)).to(q.dtype)
+        return self.inner(q, k, v, *heard) if changed is probs else (changed @ v.to(dtype)).to(q.dtype)
 
 
-def probabilities(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
-    """q (B, heads, T, D), k (B, heads, S, D) -> (B, heads, T, S); causal: no token sees those after it."""
+def probabilities(q: Tensor, k: Tensor, causal: bool = False, heard: Tensor | None = None) -> Tensor:
+    """q (B, heads, T, D), k (B, heads, S, D) -> (B, heads, T, S).
+
+    causal: no token sees those after it; heard: bool (B, S), False for tokens that none sees.
+    """
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
+    if heard is not None:
+        scores = scores.masked_fill(~heard[:, None, None], -torch.inf)
     return torch.softmax(scores, dim=-1)
 
 
