@@ -121,7 +121,7 @@ def build(
         name=found.name,
         size=found.size or 512,
         defaults=found.defaults,
-        files=WeightFiles(found.weights, found.maps),
+        files=WeightFiles(found.files, found.maps),
     )
 
 

@@ -49,8 +49,12 @@ class StableDiffusion:
 
     @property
     def hash(self) -> str | None:
-        """The first 10 digits of the weights file's SHA-256, as AUTOMATIC1111 writes it; read on first use."""
-        return self.files.digest[:10] if self.files.digest else None
+        """The first 10 digits of the weights file's SHA-256, as AUTOMATIC1111 writes it; read on first use.
+
+        Of a folder, that of the UNet's file.
+        """
+        digest = self.files.digest()
+        return digest and digest[:10]
 
     def check_file(self) -> None:
         """Raise LoadError if a file that the model still computes from has become shorter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -14,14 +15,15 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
+import sd
 from sd.cli import main
 from sd.cli.again import RECORDED
 from sd.cli.options import CommandError
 from sd.cli.settings import Drawing, differences, drawing_of, hashes_of, settings_used
 from sd.image import SIGNATURE, read_settings, save_png
 from sd.scheduler import make_scheduler
-from sd.weights.mapped import WeightFiles
 from tests.layouts import write_hub
 from tests.test_image import SETTINGS
 
@@ -156,7 +158,9 @@ def test_a_picture_of_another_format_is_not_tried(tmp_path):
         ("ema", ["yes", 1, 0]),
         ("config", ["c.json", [1], {"unet": 1}, {"unet": [1]}]),
         ("model_hash", [5, "xyz", "a" * 65]),
-        ("others_hash", ["\x1b[31m"]),
+        ("vae_hash", ["\x1b[31m"]),
+        ("text_hash", [1.5]),
+        ("config_hash", ["é"]),
         ("tokenizer_hash", [[]]),
     ],
 )
@@ -193,10 +197,10 @@ def test_a_picture_names_only_what_is_here(model, said, tmp_path, monkeypatch):
 
 
 def test_what_belongs_to_a_model_goes_with_it(said):
-    hashes = {"model_hash": "ab", "others_hash": "cd", "tokenizer_hash": "ef"}
+    hashes = {"model_hash": "ab", "vae_hash": "cd", "text_hash": "01", "config_hash": "23", "tokenizer_hash": "ef"}
     picture = said(SOUND | hashes | {"model": "me/mine", "revision": "r", "ema": True, "config": {"unet": {}}})
     same = drawing_of({"again": picture, "model": "/disk/mine"})
-    assert (same.model_hash, same.others_hash, same.tokenizer_hash) == ("ab", "cd", "ef")
+    assert {name: getattr(same, name) for name in hashes} == hashes
     assert (same.ema, same.config) == (True, {"unet": {}})
     assert same.revision is None  # that is fetched only where it is asked for
     other = drawing_of({"again": picture, "model": "other.ckpt"})
@@ -222,36 +226,72 @@ def test_the_content_of_a_config_is_recorded_and_used_again(tmp_path):
     assert drawing_of({"again": str(tmp_path / "a.png"), "config": str(tmp_path / "d.json")}).config == {}
 
 
-def model_of(folder, **texts):
-    files = WeightFiles(folder / "unet", [(folder / name, ListMap()) for name in ("unet", "vae", "text")])
-    text = SimpleNamespace(texts={"vocab.json": "{}", "merges.txt": "a"} | texts)
-    return SimpleNamespace(files=files, text=text, hash=files.digest[:10])
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """Of the Hub's layout, the UNet in two files."""
+    path = write_hub(tmp_path_factory.mktemp("hub") / "hub", tiny)
+    tensors = load_file(path / "unet/diffusion_pytorch_model.safetensors")
+    (path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    names = sorted(tensors)
+    for k, part in enumerate((names[:40], names[40:]), 1):
+        file = path / f"unet/diffusion_pytorch_model-0000{k}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, file)
+    return path
 
 
-class ListMap(list):
-    """Something that a weak reference can be to, as to a map."""
+@pytest.mark.parametrize(
+    ("file", "name", "words"),
+    [
+        ("unet/diffusion_pytorch_model-00001-of-00002.safetensors", "model_hash", "another UNet"),
+        ("unet/diffusion_pytorch_model-00002-of-00002.safetensors", "model_hash", "another UNet"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae_hash", "another VAE"),
+        ("text_encoder/model.safetensors", "text_hash", "another text encoder"),
+        ("scheduler/scheduler_config.json", "config_hash", "other sizes, or another noise schedule"),
+        ("text_encoder/config.json", "config_hash", "other sizes, or another noise schedule"),
+        ("tokenizer/merges.txt", "tokenizer_hash", "another tokenizer"),
+    ],
+)
+def test_it_is_said_which_part_differs(folder, file, name, words):
+    """Every part of a folder, also one that is split over files; and the others do not differ then."""
+    before, content = hashes_of(sd.load(folder)), (folder / file).read_bytes()
+    assert all(before.values())
+    drawing = Drawing("a red star", again="a.png", **before)
+    assert differences(drawing, hashes_of(sd.load(folder))) == []
+    if file.endswith("safetensors"):
+        changed = content[:-1] + bytes([content[-1] ^ 1])
+    elif file.endswith("json"):
+        changed = content.replace(b"0.00085", b"0.00095").replace(b"quick_gelu", b"gelu")
+    else:
+        changed = content.rstrip().rpartition(b"\n")[0]
+    assert changed != content
+    try:
+        (folder / file).write_bytes(changed)
+        now = hashes_of(sd.load(folder))
+    finally:
+        (folder / file).write_bytes(content)
+    assert {key for key in now if now[key] != before[key]} == {name}
+    (said,) = differences(drawing, now)
+    assert said.startswith(f"a.png was drawn with {words} (the hash was {before[name]}, and now it is {now[name]})")
 
 
-def test_all_weights_and_the_tokenizer_are_compared(tmp_path):
-    for name in ("unet", "vae", "text"):
-        (tmp_path / name).write_text(name)
-    drew = hashes_of(model_of(tmp_path))
-    drawing = Drawing("a red star", again="a.png", **drew)
-    assert differences(drawing, hashes_of(model_of(tmp_path))) == []
-    (said,) = differences(drawing, hashes_of(model_of(tmp_path, **{"merges.txt": "b"})))
-    assert "another tokenizer" in said
-    for name, words in (
-        ("vae", "the text encoder or the VAE"),
-        ("text", "the text encoder"),
-        ("unet", "other weights"),
-    ):
-        (tmp_path / name).write_text(name + "!")
-        (said,) = differences(drawing, hashes_of(model_of(tmp_path)))
-        assert words in said
-        (tmp_path / name).write_text(name)
+def test_of_one_file_all_weights_are_one(tiny, tmp_path):
+    sd.save(tiny, tmp_path / "a.safetensors")
+    model = sd.load(tmp_path / "a.safetensors")
+    hashes = hashes_of(model)
+    assert hashes["model_hash"] == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()[:10]
+    assert (hashes["vae_hash"], hashes["text_hash"]) == (None, None)
+    assert hashes["config_hash"] == hashes_of(tiny)["config_hash"]
+    drawing = Drawing("a red star", again="a.png", **hashes)
+    now = hashes | {"model_hash": "ab", "tokenizer_hash": "cd"}
+    (said,) = differences(drawing, now)  # one sentence for all
+    assert "with other weights (the hash" in said
+    assert said.endswith("now it is cd), so this picture may differ; choose by --model and --tokenizer.")
+    gone = sd.load(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    assert hashes_of(gone) == hashes | {"model_hash": None}
 
 
-def test_all_of_the_solver_is_recorded(tiny, tmp_path, monkeypatch):
+def test_all_of_the_solver_is_recorded(tiny, tmp_path, monkeypatch, capsys):
     """Also what its name does not say: the spacing of a model's files, which others may have by then."""
     monkeypatch.chdir(tmp_path)
     folder = write_hub(tmp_path / "hub", tiny)
@@ -266,6 +306,10 @@ def test_all_of_the_solver_is_recorded(tiny, tmp_path, monkeypatch):
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
     assert main(["--again", "a.png", "-o", "c.png", "--scheduler", "euler"]) == 0
     assert Image.open("a.png").tobytes() != Image.open("c.png").tobytes()
+    assert "drawn with" not in capsys.readouterr().err  # the same model
+    file.write_text(json.dumps(settings | {"beta_end": 0.013}))
+    assert main(["--again", "a.png", "-o", "e.png"]) == 0
+    assert "a.png was drawn with other sizes, or another noise schedule (the hash" in capsys.readouterr().err
     image = Image.open("a.png")
     save_png(image, "d.png", read_settings("a.png") | {"solver_options": {"nothing": 1}})
     assert main(["--again", "d.png"]) == 2

@@ -15,7 +15,8 @@ from .options import DTYPES, LAST_SEED, STYLES, CommandError
 
 LONGEST = 100_000  # characters of a prompt
 # What belongs to the model that was drawn with: with another one it means nothing.
-OF_THE_MODEL = ("revision", "hub_variant", "ema", "config", "model_hash", "others_hash", "tokenizer_hash")
+HASHES = ("model_hash", "vae_hash", "text_hash", "config_hash", "tokenizer_hash")
+OF_THE_MODEL = ("revision", "hub_variant", "ema", "config", *HASHES)
 
 
 def text(value: Any) -> bool:
@@ -104,10 +105,11 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "mask_digest": hexadecimal,
     "config": lambda value: isinstance(value, dict) and all(isinstance(part, dict) for part in value.values()),
     "model_hash": hexadecimal,  # of the file, or that of the UNet
-    "others_hash": hexadecimal,  # of the files of the other parts
+    "vae_hash": hexadecimal,  # of its file in a folder
+    "text_hash": hexadecimal,  # of the text encoder's
+    "config_hash": hexadecimal,  # of the sizes of all parts, and of the noise that the model was trained with
     "tokenizer_hash": hexadecimal,
 }
-HASHES = ("model_hash", "others_hash", "tokenizer_hash")
 
 
 def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:

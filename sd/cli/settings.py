@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -72,7 +73,9 @@ class Drawing:
     config: Mapping[str, Any] | None = None
     again: str | None = None  # the picture that the settings come from
     model_hash: str | None = None  # of what drew that picture
-    others_hash: str | None = None
+    vae_hash: str | None = None
+    text_hash: str | None = None
+    config_hash: str | None = None
     tokenizer_hash: str | None = None
     # How.
     variant: str = "simple"
@@ -198,35 +201,42 @@ def with_solver(drawing: Drawing, model: StableDiffusion) -> Drawing:
 
 
 def hashes_of(model: StableDiffusion) -> dict[str, str | None]:
-    """Short digests of what a model draws with: the weights of its parts, and its tokenizer. Files are read.
+    """Short digests of what a model draws with: the weights of its parts, config and tokenizer. Files are read.
 
     None where that cannot be had: a file may be gone by then, and a picture is worth more than its hashes.
     """
+    hashes: dict[str, str | None] = dict.fromkeys(HASHES)
+    for name, part in (("model_hash", "unet"), ("vae_hash", "vae"), ("text_hash", "text")):
+        with contextlib.suppress(OSError):
+            digest = model.files.digest(part)
+            hashes[name] = digest and digest[:10]
+    configs = model.unet.config, model.vae.config, model.text.config, model.defaults.schedule
+    # What is as usual is left out, so that a setting that a later version adds changes nothing.
+    special = [{f.name: x for f in fields(c) if (x := getattr(c, f.name)) != f.default} for c in configs]
     texts = "\0".join(text for _, text in sorted(model.text.texts.items()))
-    hashes: dict[str, str | None] = {"model_hash": None, "others_hash": None}
-    with contextlib.suppress(OSError):
-        hashes["model_hash"] = model.hash
-        hashes["others_hash"] = model.files.others_digest and model.files.others_digest[:10]
-    return hashes | {"tokenizer_hash": hashlib.sha256(texts.encode(errors="replace")).hexdigest()[:10]}
+    for name, text in (("config_hash", json.dumps(special, sort_keys=True)), ("tokenizer_hash", texts)):
+        hashes[name] = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:10]
+    return hashes
 
 
 def differences(drawing: Drawing, hashes: Mapping[str, str | None]) -> list[str]:
-    """In what the model differs from that of the picture that is drawn again: sentences."""
-    found = []
+    """In what the model differs from that of the picture that is drawn again: a sentence, or none."""
+    of_parts = drawing.vae_hash or drawing.text_hash  # else all are in one file, or the picture does not say
     whats = {
-        "model_hash": ("weights", "--model"),
-        "others_hash": ("weights of the text encoder or the VAE", "--model"),
-        "tokenizer_hash": ("a tokenizer", "--tokenizer"),
+        "model_hash": ("another UNet" if of_parts else "other weights", "--model"),
+        "vae_hash": ("another VAE", "--model"),
+        "text_hash": ("another text encoder", "--model"),
+        "config_hash": ("other sizes, or another noise schedule", "--model"),
+        "tokenizer_hash": ("another tokenizer", "--tokenizer"),
     }
-    for name, (what, option) in whats.items():
-        was, now = getattr(drawing, name), hashes[name]
-        if was and was != now:
-            other = f"another {what[2:]}" if what.startswith("a ") else f"other {what}"
-            found.append(
-                f"{drawing.again} was drawn with {other}, so this picture may differ: the hash was {was}, and now it "
-                f"is {now}; {option} chooses."
-            )
-    return found
+    found = {name: (was, hashes[name]) for name in whats if (was := getattr(drawing, name)) and was != hashes[name]}
+    if not found:
+        return []
+    what = ", ".join(
+        f"{whats[name][0]} (the hash was {was}, and now it is {now})" for name, (was, now) in found.items()
+    )
+    options = dict.fromkeys(whats[name][1] for name in found)
+    return [f"{drawing.again} was drawn with {what}, so this picture may differ; choose by {' and '.join(options)}."]
 
 
 # ---- the model and the sampler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,28 @@ def stamp(path: Path) -> tuple[int, ...] | None:
 
 
 class WeightFiles:
-    """weights: the file, or that of the UNet; maps: each file that tensors are mapped from, and its map."""
+    """The files of a model.
 
-    def __init__(self, weights: Path | None = None, maps: Iterable[tuple[Path, mmap]] = ()):
-        self.weights = weights
+    parts   those of "unet", "vae" and "text", as a folder has them, several where one is split; or the one file of
+            all three as "unet"
+    maps    each file that tensors are mapped from, and its map
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[Path]] | None = None, maps: Iterable[tuple[Path, mmap]] = ()):
+        self._parts = dict(parts or {})
         # A map lives as long as a tensor is in it.
         self._maps = [(path, ref(mapped), stamp(path)) for path, mapped in maps]
-        self._others = sorted({path for path, *_ in self._maps} - {weights})
         self._digests: dict[Path, str] = {}
 
-    @property
-    def digest(self) -> str | None:
-        """The SHA-256 of the weights file; read on first use. None for a model that is of no file."""
-        return None if self.weights is None else self._digest_of(self.weights)
+    def digest(self, part: str = "unet") -> str | None:
+        """The SHA-256 of the file of a part; read on first use. None where the part has no file of its own.
 
-    @property
-    def others_digest(self) -> str | None:
-        """One SHA-256 for the files of the other parts, as a folder has them; None where there are none."""
-        digests = " ".join(self._digest_of(path) for path in self._others)
-        return hashlib.sha256(digests.encode()).hexdigest() if digests else None
+        Of a part that is split over several files, that of their digests in order. Raises OSError.
+        """
+        digests = [self._digest_of(path) for path in self._parts.get(part, ())]
+        if len(digests) > 1:
+            return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        return digests[0] if digests else None
 
     def _digest_of(self, path: Path) -> str:
         if path not in self._digests:

@@ -48,6 +48,7 @@ class Source:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
     maps: list[tuple[Path, mmap]] = field(default_factory=list)  # of all files that tensors are mapped from
+    files: dict[str, list[Path]] = field(default_factory=dict)  # of each part; of a single file, that as "unet"
     problem: str | None = None  # why `load` refuses it, where `find` was told to look only
 
 
@@ -100,7 +101,7 @@ def find_file(path: Path, name: str) -> Source:
     found.prediction_type = prediction_type(path, file.metadata, file.tensors)
     if found.prediction_type in PREDICTIONS:
         found.defaults = defaults_of_file(found.prediction_type, file.metadata, file.tensors)
-    found.maps = [(path, file.map)]
+    found.maps, found.files = [(path, file.map)], {"unet": [path]}
     if METADATA in file.metadata:
         try:
             ours = parse_json(file.metadata[METADATA])
@@ -141,6 +142,7 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
     tensors = {p: layout.merged({n: file.tensors for n, file in files.items()}, name) for p, files in opened.items()}
     found = describe_folder(folder, name, tensors, folder / chosen["unet"][0], look)
     found.maps = [(file.path, file.map) for files in opened.values() for file in files.values()]
+    found.files = {part: [file.path for file in files.values()] for part, files in opened.items()}
     return found
 
 
