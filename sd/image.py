@@ -49,26 +49,29 @@ def model_name(model: str) -> str:
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """The text chunk `parameters` in the form of AUTOMATIC1111, which most tools and sites read.
 
+    Names, order and values of the fields are those of create_infotext in its modules/processing.py (version 1.10).
+
     settings: prompt, negative_prompt, num_inference_steps, scheduler, guidance_scale, seed, width, height,
     model, model_hash.
     """
     model = model_name(str(settings["model"]))
+    sampler, schedule = sampler_name(settings["scheduler"])
     fields = {
         "Steps": settings["num_inference_steps"],
-        "Sampler": sampler_name(settings["scheduler"]),
+        "Sampler": sampler,
+        "Schedule type": schedule,
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
-        "Denoising strength": settings.get("hires_strength") or settings.get("strength"),
-        "Hires upscale": settings.get("hires"),
         "Model hash": settings["model_hash"],
         "Model": Path(model).stem if model.endswith(("ckpt", "safetensors")) else model,
+        "Denoising strength": settings.get("hires_strength") or settings.get("strength"),
+        "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,  # as they count
+        "RNG": "NV" if settings.get("rng") == "cuda" else "CPU",  # without it they would take a GPU's
+        "Hires upscale": settings.get("hires"),
+        "Hires upscaler": "Lanczos" if settings.get("hires") else None,
+        "Eta DDIM": settings.get("eta") or None,
     }
-    if settings.get("eta"):
-        fields["Eta"] = settings["eta"]
-    fields["RNG"] = "NV" if settings.get("rng") == "cuda" else "CPU"  # or AUTOMATIC1111 would take the GPU's
-    if settings.get("clip_skip"):
-        fields["Clip skip"] = settings["clip_skip"] + 1  # as AUTOMATIC1111 counts
     lines = [settings["prompt"]]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -86,20 +89,27 @@ SAMPLERS = {  # AUTOMATIC1111's names
     "dpmpp_sde": "DPM++ SDE",
     "unipc": "UniPC",
 }
+WITHOUT_SIGMAS = ("ddim", "ddpm", "lcm", "pndm", "unipc")  # there, no schedule type is chosen for these
 
 
-def sampler_name(scheduler: str) -> str:
-    """A scheduler by AUTOMATIC1111's name: "DPM++ 2M Karras" for dpmpp_2m_karras."""
+def sampler_name(scheduler: str) -> tuple[str, str]:
+    """A scheduler by AUTOMATIC1111's name, and its schedule type: "DPM++ 2M", "Karras" for dpmpp_2m_karras.
+
+    "Automatic" would be Karras' sigmas for some of them.
+    """
     solver, _, spacing = scheduler.rpartition("_")
     if spacing not in ("karras", "exponential", "beta"):
-        solver, spacing = scheduler, ""
-    return f"{SAMPLERS.get(solver, solver.upper())} {spacing.capitalize()}".strip()
+        solver, spacing = scheduler, "automatic" if scheduler in WITHOUT_SIGMAS else "uniform"
+    return SAMPLERS.get(solver, solver.upper()), spacing.capitalize()
 
 
 def quoted(value: Any) -> str:
     """A value of `parameters`: in quotation marks where else it could not be told from the next field."""
-    text = str(value)  # the rule is that of `quote` in AUTOMATIC1111's modules/infotext_utils.py
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:"\n') else text
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # 7, not 7.0, as in their fields
+    text = str(value)  # the rule is that of `quote` in AUTOMATIC1111's modules/infotext_utils.py, and of `unquote`
+    ends = text.startswith('"') and text.endswith('"')
+    return json.dumps(text, ensure_ascii=False) if ends or any(c in text for c in ",:\n") else text
 
 
 def save_png(

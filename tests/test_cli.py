@@ -261,7 +261,7 @@ def test_a_solver_by_another_program_s_name(tmp_path, monkeypatch):
     assert main([*words, "a.png"]) == 0
     texts = Image.open("a.png").text
     assert json.loads(texts["sd"])["scheduler"] == "dpmpp_2m_karras"
-    assert "Sampler: DPM++ 2M Karras," in texts["parameters"]
+    assert "Sampler: DPM++ 2M, Schedule type: Karras," in texts["parameters"]
     assert main(["--again", "a.png", "--quiet", "-o", "b.png"]) == 0
     assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
 

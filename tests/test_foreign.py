@@ -148,6 +148,9 @@ def test_what_we_write_is_read_back():
     )
     assert (prompt, negative) == (SETTINGS["prompt"].strip(), "blur")
     assert fields["Model"] == 'x: "y", z'
+    found, missed = foreign_settings(parameters_text(SETTINGS | {"scheduler": "ddim", "eta": 0.5, "hires": 2.0}))
+    assert (found["scheduler"], found["eta"], found["hires"]) == ("ddim", 0.5, 2)
+    assert missed == ["Hires upscale: 2 (the second pass is ours, at 0.75 in place of ?)"]
     assert fields["Steps"] == "30"
 
 

@@ -46,17 +46,18 @@ def test_values_are_rounded_not_cut():
 
 def test_parameters_have_the_form_of_automatic1111():
     assert parameters_text(SETTINGS | {"negative_prompt": "blur"}) == (
-        "a red star, above\nNegative prompt: blur\nSteps: 30, Sampler: DDIM, CFG scale: 4.0, Seed: 1, "
-        "Size: 128x64, Model hash: 0123456789, Model: sd-v1-4, Eta: 0.5, RNG: CPU"
+        "a red star, above\nNegative prompt: blur\nSteps: 30, Sampler: DDIM, Schedule type: Automatic, CFG scale: 4, "
+        "Seed: 1, Size: 128x64, Model hash: 0123456789, Model: sd-v1-4, RNG: CPU, Eta DDIM: 0.5"
     )
     assert "Negative prompt" not in parameters_text(SETTINGS)
 
 
-@pytest.mark.parametrize("model", ["a, b", "a: b", 'a "b"', "a\nb", '"a'])
+@pytest.mark.parametrize("model", ["a, b", "a: b", "a\nb", '"a"', '"a", b'])
 def test_values_that_would_end_a_field_are_quoted(model):
     last = parameters_text(SETTINGS | {"model": model}).partition("Model: ")[2]
-    assert json.loads(last.partition(", Eta")[0]) == model
+    assert json.loads(last.partition(", RNG")[0]) == model
     assert "\n" not in last
+    assert 'Model: a "b", RNG' in parameters_text(SETTINGS | {"model": 'a "b"'})  # as theirs
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ HARMLESS: dict[str, tuple[str, ...] | None] = {
     "Tiling": ("False",),
     "Token merging ratio": ("0", "0.0"),
     "Emphasis": ("Original",),
+    "Hires upscaler": ("Lanczos",),
 }
 LONGEST_LINE = 20_000  # letters of the fields
 
