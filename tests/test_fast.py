@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -418,6 +419,18 @@ def test_whether_bfloat16_pays_is_measured():
     packed.bfloat16_gain.cache_clear()
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert (packed.bfloat16_gain() > 0) == supported
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0.0, False), (1.2, False), (3.0, True)])
+def test_the_command_says_where_bfloat16_is_faster(gain, said, wide, monkeypatch):
+    settings = importlib.import_module("sd.cli.settings")
+    monkeypatch.setattr(settings, "LARGE", 0)
+    monkeypatch.setattr(packed, "bfloat16_gain", lambda: gain)
+    for dtype in (None, "float32"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            settings.make_sampler(wide, settings.Drawing("a star", device="cpu", dtype=dtype))
+        assert any("--dtype bfloat16" in str(w.message) for w in caught) == (said and dtype is None)
 
 
 def test_the_builtin_model_draws_the_same_picture():

@@ -74,7 +74,7 @@ def parser() -> Parser:
     add = result.add_argument_group("how the work is done").add_argument
     add("--variant", type=one_of("simple", "lean", "parallel"), metavar="NAME", help="simple; lean, which takes "
         "little memory; or parallel, which shares the work among several processes. Default: simple.")  # fmt: skip
-    add("--exact", action="store_true", help="For simple on a CPU: compute exactly as the textbook code does. This "
+    add("--exact", action="store_true", help="For simple: compute exactly as the textbook code does. This "
         "is slower than the default for large models, and takes less memory.")  # fmt: skip
     add("--memory", type=memory, metavar="SIZE", help="For lean: the most memory to take, for example 1.5GB, 600MB "
         "or 600, which are MB. Default: most of what is free.")  # fmt: skip
