@@ -80,6 +80,7 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "scheduler": solver,
     "solver_options": plain_options,
     "dtype": one_of(*DTYPES),
+    "threads": whole(1, 4096),
     "model": name,
     "revision": name,
     "hub_variant": name,

@@ -35,9 +35,11 @@ from .settings import (
     hashes_of,
     load_model,
     make_sampler,
+    place,
     settings_used,
     with_solver,
 )
+from .threads import Neighbours, choose_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from ..sampler import SimpleSampler
 
 VARIANTS = {"memory": ("lean",), "plan": ("lean", "parallel"), "exact": ("simple",), "ranks": ("parallel",),
-            "split": ("parallel",)}  # fmt: skip  # options that only work with some
+            "split": ("parallel",), "threads": ("simple", "lean")}  # fmt: skip  # options that only work with some
 
 
 def parser() -> Parser:
@@ -78,6 +80,9 @@ def parser() -> Parser:
         "is slower than the default for large models, and takes less memory.")  # fmt: skip
     add("--memory", type=memory, metavar="SIZE", help="For lean: the most memory to take, for example 1.5GB, 600MB "
         "or 600, which are MB. Default: most of what is free.")  # fmt: skip
+    add("--threads", type=whole(1, 4096), metavar="N", help="For simple and lean on a CPU: with how many threads to "
+        "compute, at most one a core. Default: as many as there are cores that no other program keeps "
+        "busy.")  # fmt: skip
     add("--ranks", type=whole(1, 1024), metavar="N", help="For parallel: how many processes to start on this "
         "machine. Leave it out under torchrun.")  # fmt: skip
     add("--split", type=shares, metavar="SPLIT", help="For parallel: how to divide the work, for example "
@@ -93,6 +98,7 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments:
         parser().print_help()
         return 2
+    neighbours = Neighbours()
     drawing = settle(parser().parse(arguments))
     leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
     if not leads:
@@ -105,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
             launch.start_ranks(arguments, drawing.ranks, drawing.seed)
             return 0
-        carry_out(drawing, paths, leads=leads, numbered=numbered)
+        carry_out(drawing, paths, neighbours, leads=leads, numbered=numbered)
     finally:
         if paths and drawing.output and drawing.output.endswith(("/", os.sep)):
             with suppress(OSError):  # a folder in which nothing came to lie, made for nothing
@@ -113,9 +119,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def carry_out(drawing: Drawing, paths: Sequence[Path], *, leads: bool, numbered: bool) -> None:
+def carry_out(
+    drawing: Drawing, paths: Sequence[Path], neighbours: Neighbours, *, leads: bool, numbered: bool
+) -> None:
     sampler, hashes = prepare(drawing, leads=leads), None
-    drawing = with_solver(drawing, sampler.model)
+    drawing = with_threads(with_solver(drawing, sampler.model), neighbours)
     if drawing.plan:
         text = say_plan(sampler, drawing)
         if leads:
@@ -162,6 +170,18 @@ def prepare(drawing: Drawing, *, leads: bool) -> SimpleSampler:
         for difference in [*differences(drawing, hashes_of(model)), *given_pictures.others(drawing)]:
             warnings.warn(difference)
     return make_sampler(model, drawing)
+
+
+def with_threads(drawing: Drawing, neighbours: Neighbours) -> Drawing:
+    """With the number of threads that compute from now on; ranks were given theirs when they were started."""
+    if drawing.variant == "parallel" or place(drawing.device) != "cpu" or drawing.plan:
+        return drawing
+    if drawing.exact and drawing.threads is None:
+        return drawing
+    threads, why = choose_threads(drawing.threads, neighbours)
+    if why and not drawing.quiet:
+        warnings.warn(why)
+    return replace(drawing, threads=threads)
 
 
 def say_plan(sampler: Any, drawing: Drawing) -> str:

@@ -82,6 +82,7 @@ class Drawing:
     variant: str = "simple"
     exact: bool = False
     memory: str | None = None
+    threads: int | None = None  # on the CPU; another number rounds otherwise
     ranks: int | None = None
     split: Mapping[str, int] | None = None
     device: str | None = None
