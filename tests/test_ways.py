@@ -102,6 +102,10 @@ def maps(way, model):
     assert seen.tokens([1]).shape == (64, 64)
 
 
+def text_attention(way, model):
+    assert study.text_attention(sampler_of(way, model), "a star").word("star").shape == (77,)
+
+
 def gradients(way, model):
     latents = sampler_of(way, model)(["a star", "a ring"], **CALL)
     assert not latents.requires_grad
@@ -117,6 +121,7 @@ FEATURES = {
     "a model that `sd.fast` made": fast_model,
     "`sd.study.edit`": edit,
     "`sd.study.attention_maps`": maps,
+    "`sd.study.text_attention`": text_attention,
     "gradients": gradients,
 }
 ONE_PROCESS = ["simple", "fast", "lean"]

@@ -98,10 +98,6 @@ class TextEncoder:
         ValueError for what is not text, and for a style and a number of layers that there are not.
         """
         skip = checked_skip(clip_skip, self.config.num_hidden_layers)
-        if prompt_style not in STYLES:
-            raise ValueError(
-                f"prompt_style must be {', '.join(STYLES[:-1])} or {STYLES[-1]}, not {short(prompt_style)}."
-            )
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, list | tuple) or not texts:
             raise ValueError(f"A prompt must be a text, or a list of texts, not {short(prompts)}.")
@@ -135,7 +131,13 @@ class TextEncoder:
         return result
 
     def chunks(self, text: str, prompt_style: str = "plain") -> list[Chunk]:
-        """The tokens of a text as the model reads them, in chunks of 77; one where the style is plain."""
+        """The tokens of a text as the model reads them, in chunks of 77; one where the style is plain.
+
+        Raises ValueError for what is no text, or cannot be read in that style.
+        """
+        if prompt_style not in STYLES:
+            known = f"{', '.join(STYLES[:-1])} or {STYLES[-1]}"
+            raise ValueError(f"prompt_style must be {known}, not {short(prompt_style)}.")
         ids = self.ids(text)
         if prompt_style != "plain":
             return chunks_of(text, prompt_style, self.tokenizer)

@@ -2,6 +2,7 @@
 
     trace             every step's tensors, kept in one file
     attention_maps    which word acts where
+    text_attention    which word of a prompt listens to which
     edit              read or replace what any module returns, by its name
 
 They are put on from outside, as context managers, and leave nothing behind; a model that is not studied knows
@@ -14,17 +15,20 @@ from ..prompts.words import find_word
 from .colours import latent_rgb, to_rgb
 from .edits import Here, edit, names
 from .maps import AttentionMaps, attention_maps
+from .text_maps import TextAttention, text_attention
 from .traces import Trace, trace
 
 __all__ = [
     "AttentionMaps",
     "Here",
+    "TextAttention",
     "Trace",
     "attention_maps",
     "edit",
     "find_word",
     "latent_rgb",
     "names",
+    "text_attention",
     "to_rgb",
     "trace",
 ]

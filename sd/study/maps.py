@@ -75,10 +75,10 @@ class AttentionMaps:
             raise ValueError("The maps are means over all steps: attention_maps(model, steps=True) keeps each.")
         if head is not None and not self._heads:
             raise ValueError("The maps are means over all heads: attention_maps(model, heads=True) keeps each.")
-        steps = list(sums) if step is None else _indices(step)
+        steps = list(sums) if step is None else indices(step)
         if missing := [s for s in steps if s not in sums]:
             raise ValueError(f"Step {missing[0]} is not among the {len(sums)} that were recorded (from 0).")
-        heads = slice(None) if head is None else _indices(head)
+        heads = slice(None) if head is None else indices(head)
         try:
             # one step after the other: nothing of the size of all of them is made
             total = torch.zeros(())
@@ -268,7 +268,8 @@ def cells_of(h: int, w: int, side: int, device: torch.device) -> tuple[Tensor, t
     return (y[:, None] * grid[1] + x).flatten(), grid
 
 
-def _indices(index: int | Iterable[int]) -> list[int]:
+def indices(index: int | Iterable[int]) -> list[int]:
+    """One or several, as a list."""
     return [index] if isinstance(index, int) else list(index)
 
 
