@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 import sd
 from sd.cli import main
 from sd.cli.again import RECORDED
+from sd.cli.draw import parser
 from sd.cli.options import CommandError
 from sd.cli.settings import Drawing, differences, drawing_of, hashes_of, settings_used
 from sd.image import SIGNATURE, read_settings, save_png
 from sd.scheduler import make_scheduler
-from tests.layouts import write_hub
+from tests.layouts import compvis_tensors, ema_tensors, write_ckpt, write_hub, write_tokenizer
 from tests.test_image import SETTINGS
 
 SOUND = {"prompt": "a red star", "model": "shapes", "num_inference_steps": 4}
@@ -313,3 +314,62 @@ def test_all_of_the_solver_is_recorded(tiny, tmp_path, monkeypatch, capsys):
     image = Image.open("a.png")
     save_png(image, "d.png", read_settings("a.png") | {"solver_options": {"nothing": 1}})
     assert main(["--again", "d.png"]) == 2
+
+
+# ---- drawn with every option
+
+FROM_FILE = ["--model", "m.safetensors", "--height", "64", "--width", "72"]
+FULL = ["--model", "full.ckpt", "--tokenizer", "words", "--height", "64", "--width", "64"]
+EVERY = {  # what is drawn -> what has to be given again, because a picture does not hold it
+    ("--prompt-style", "a1111", "--negative", "(b:1.2)", "--clip-skip", "1", "--rng", "cuda", "--seed", "7",
+     "--scheduler", "DPM++ 2M Karras", "--guidance", "5.5", "--guidance-rescale", "0.5", "--dtype", "float64",
+     *FROM_FILE): [],
+    ("--prompt-style", "compel", "--scheduler", "ddim", "--eta", "0.5", "--count", "2", "--seed", "random", "--exact",
+     *FROM_FILE): [],
+    ("--prompt-style", "comfy", "--image", "w.png", "--mask", "k.png", "--strength", "0.7", "--no-paste",
+     "--scheduler", "euler_a", *FROM_FILE): ["--image", "w.png", "--mask", "k.png"],
+    ("--image", "w.png", "--extend", "right=8,top=16", "--model", "m.safetensors"): ["--image", "w.png"],
+    ("--hires", "1.5", "--scheduler", "unipc", *FROM_FILE): [],
+    ("--ema", "--config", "c.json", *FULL): ["--tokenizer", "words"],
+    ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"): [],
+}  # fmt: skip
+ELSEWHERE = {"--again", "--revision"}  # of the Hub: it is named by tests/test_hub.py's own
+NOT_OF_THE_PICTURE = {"--output", "--force", "--quiet", "--plan", "--variant", "--memory", "--ranks", "--split"}
+
+
+@pytest.fixture(scope="module")
+def models(tiny, tmp_path_factory):
+    """One in each form, and two pictures."""
+    path = tmp_path_factory.mktemp("models")
+    sd.save(tiny, path / "m.safetensors")
+    write_ckpt(path / "full.ckpt", compvis_tensors(tiny) | ema_tensors(tiny))
+    write_tokenizer(path / "words")
+    (path / "c.json").write_text(json.dumps({"unet": {"num_heads": 4}}))
+    hub = write_hub(path / "hub", tiny)
+    for file in [*hub.glob("*/*.safetensors")]:
+        file.rename(file.with_suffix(".half.safetensors"))
+    image = Image.linear_gradient("L").resize((72, 64))
+    image.convert("RGB").save(path / "w.png")
+    image.point(lambda x: 255 * (x > 100)).save(path / "k.png")
+    return path
+
+
+@pytest.mark.parametrize("options", EVERY, ids=lambda options: " ".join(options[:2]))
+def test_what_was_drawn_with_every_option_is_drawn_again(options, models, tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(models)
+    steps = ["--steps", "3", "--quiet", "--force"]
+    assert main(["a (red:1.3) star++", *options, *steps, "-o", str(tmp_path / "a.png")]) == 0
+    name = "a-2.png" if "--count" in options else "a.png"
+    recwarn.clear()
+    picture, again = tmp_path / name, tmp_path / "b.png"
+    assert main(["--again", str(picture), *EVERY[options], "--quiet", "-o", str(again)]) == 0
+    assert [str(warning.message) for warning in recwarn if "prompt-style" not in str(warning.message)] == []
+    assert Image.open(picture).tobytes() == Image.open(again).tobytes()
+    assert read_settings(picture) == read_settings(again)
+
+
+def test_no_option_is_left_out():
+    known = {option for action in parser()._actions for option in action.option_strings if option.startswith("--")}
+    given = {word for options in EVERY for word in options if word.startswith("--")}
+    twice = {"--paste", "--help", "--version"}  # --no-paste is the same option
+    assert known - given - ELSEWHERE - NOT_OF_THE_PICTURE - twice == {"--steps"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import warnings
+
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd.cli import main
-from sd.cli.foreign import fields_of, foreign_settings
+from sd.cli.again import checked
+from sd.cli.foreign import fields_of, foreign_settings, read_foreign
 from sd.cli.options import CommandError
 from sd.cli.settings import drawing_of
 from sd.image import parameters_text, read_settings
@@ -133,6 +137,51 @@ def test_damaged_and_foreign_settings_are_one_sentence(tmp_path, text, says):
     with pytest.raises(CommandError, match=says) as caught:
         drawing_of({"again": png(tmp_path / "a.png", text), "model": "shapes"})
     assert "\n" not in str(caught.value)
+
+
+def test_broken_settings_of_any_kind_are_one_sentence(tmp_path):
+    """Letters lost, doubled and changed, lines cut: a drawing, or one sentence."""
+    rng, said = random.Random(4), []
+    signs = [
+        *'0123456789-.,:"{}[]\\ \n',
+        "nan",
+        "1e999",
+        "9" * 5000,
+        "Steps: 7",
+        "Negative prompt:",
+        "é",
+        "\u202e",
+        "\ud800",
+    ]
+    for _ in range(300):
+        text = list(TEXT)
+        for _ in range(rng.choice([1, 1, 2, 5, 20])):
+            at = rng.randrange(len(text))
+            text[at : at + rng.choice([0, 1, 1, 5, 40])] = rng.choice(signs)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                checked("a.png", read_foreign("a.png", "".join(text), {"model": "shapes"}))
+        except CommandError as error:
+            said.append(str(error))
+    assert all(text.isprintable() and len(text) < 500 for text in said)
+    assert len({text[:45] for text in said}) > 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"sui_image_params": {"prompt": "a star", "steps": 20}, "sui_extra_data": {}}',  # SwarmUI
+        '{"prompt": "a star", "steps": 30, "version": "Fooocus v2.1"}',
+        "masterpiece, best quality",
+        "",
+        "\n\n\n",
+        "Steps",
+    ],
+)
+def test_of_other_programs_it_is_said_that_they_are_not_understood(tmp_path, text):
+    with pytest.raises(CommandError, match="cannot be drawn again: its last line has no Steps"):
+        drawing_of({"again": png(tmp_path / "a.png", text), "model": "shapes"})
 
 
 def test_the_model_has_to_be_given(tmp_path):
