@@ -15,6 +15,7 @@ from sd.cli.options import STYLES as OPTIONS
 from sd.compare.reference import transformers_text, transformers_tokenizer
 from sd.prompts import styles
 from sd.prompts.compel import parse_compel
+from sd.prompts.words import find_word, words_of
 from tests.layouts import make_model
 
 LONG = "a (red star above a ring, of gold. and)0.6 more of it; "
@@ -192,6 +193,26 @@ def test_a_prompt_that_cannot_be_read_twice_as_long_takes_no_time(tiny):
     for text in ("a" + "+" * 50_000, "(" * 50 + "a" + ")9999" * 50, f"(a){'9' * 500}"):
         with pytest.raises(ValueError, match=r"A weight in the prompt is .*: all must be from -1000 to 1000"):
             tiny.encode_prompt([text], "compel")
+
+
+def test_instruments_know_what_is_faded(tiny):
+    prompt = "a (red ring)0.5 star++"
+    assert [word for word, _ in words_of(tiny.text, prompt, "compel")] == ["a", "red", "ring", "star"]
+    assert find_word(tiny.text, prompt, "star", style="compel") == find_word(tiny.text, "a red ring star", "star")
+    seen = []
+
+    def look(probs, at):
+        seen.append(probs)
+        return 1.0 * probs  # as it was, but by the edit's own product
+
+    with sd.study.edit(tiny, {"text.encoder.layers.0.self_attn.attend": look}):
+        edited = tiny.encode_prompt(prompt, "compel")
+    torch.testing.assert_close(edited, tiny.encode_prompt(prompt, "compel"), rtol=1e-5, atol=1e-5)
+    plain, hidden, _ = seen  # as it is, without the words that are faded, and of no words
+    (faded,) = tiny.text.chunks(prompt, "compel")[0].faded
+    words = slice(faded.start, faded.end)
+    assert (plain[..., words].sum() > 0) & (hidden[..., words].sum() == 0)
+    torch.testing.assert_close(hidden.sum(-1), torch.ones_like(hidden.sum(-1)))
 
 
 def test_the_command_offers_all_styles():

@@ -118,17 +118,16 @@ class TextEncoder:
     def _with_faded(self, z: Tensor, chunks: Sequence[Chunk], skip: int) -> Tensor:
         """Chunks (N, 77, C) moved towards their encodings in which no token sees those that are faded."""
         todo = [(k, faded) for k, chunk in enumerate(chunks) for faded in chunk.faded]
-        result = z
+        result = list(z)
         for first in range(0, len(todo), len(chunks)):  # as many at once as before: it takes no more memory
             part = todo[first : first + len(chunks)]
             rows = torch.tensor([chunks[k].ids for k, _ in part])
             heard = torch.ones_like(rows, dtype=torch.bool)
             for row, (_, faded) in zip(heard, part, strict=True):
                 row[faded.start : faded.end] = False
-            shares = torch.tensor([faded.share for _, faded in part], dtype=torch.float64)[:, None, None].to(z)
-            where = torch.tensor([k for k, _ in part], device=z.device)
-            result = result.index_add(0, where, shares * (self.model(rows, skip, heard) - z[where]))
-        return result
+            for (k, faded), without in zip(part, self.model(rows, skip, heard), strict=True):
+                result[k] = result[k] + faded.share * (without - z[k])
+        return torch.stack(result)
 
     def chunks(self, text: str, prompt_style: str = "plain") -> list[Chunk]:
         """The tokens of a text as the model reads them, in chunks of 77; one where the style is plain.
