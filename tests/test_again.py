@@ -329,7 +329,7 @@ EVERY = {  # what is drawn -> what has to be given again, because a picture does
     ("--prompt-style", "comfy", "--image", "w.png", "--mask", "k.png", "--strength", "0.7", "--no-paste",
      "--scheduler", "euler_a", *FROM_FILE): ["--image", "w.png", "--mask", "k.png"],
     ("--image", "w.png", "--extend", "right=8,top=16", "--model", "m.safetensors"): ["--image", "w.png"],
-    ("--hires", "1.5", "--scheduler", "unipc", *FROM_FILE): [],
+    ("--hires", "1.5", "--scheduler", "unipc", "--threads", "1", *FROM_FILE): [],
     ("--ema", "--config", "c.json", *FULL): ["--tokenizer", "words"],
     ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"): [],
 }  # fmt: skip

@@ -176,9 +176,7 @@ def with_threads(drawing: Drawing, neighbours: Neighbours) -> Drawing:
     """With the number of threads that compute from now on; ranks were given theirs when they were started."""
     if drawing.variant == "parallel" or place(drawing.device) != "cpu" or drawing.plan:
         return drawing
-    if drawing.exact and drawing.threads is None:
-        return drawing
-    threads, why = choose_threads(drawing.threads, neighbours)
+    threads, why = choose_threads(drawing.threads, None if drawing.exact else neighbours)
     if why and not drawing.quiet:
         warnings.warn(why)
     return replace(drawing, threads=threads)

@@ -74,17 +74,18 @@ def free_threads(usual: int, busy: float, limit: float | None) -> int:
     return max(1, threads)
 
 
-def choose_threads(asked: int | None, neighbours: Neighbours) -> tuple[int, str | None]:
+def choose_threads(asked: int | None, neighbours: Neighbours | None) -> tuple[int, str | None]:
     """Tell torch how many threads to compute with, and return their number; and why there are fewer than usual.
 
-    asked: by the user, or as a picture that is drawn again; else what is free. What OMP_NUM_THREADS says stays.
+    asked: by the user, or as a picture that is drawn again; else what is free. What OMP_NUM_THREADS says stays, and
+    torch's own choice where there are no `neighbours` to look at.
     """
     import torch
 
     usual = torch.get_num_threads()
-    if asked is None and os.environ.get("OMP_NUM_THREADS"):
+    if asked is None and (neighbours is None or os.environ.get("OMP_NUM_THREADS")):
         return usual, None
-    busy, limit = neighbours.busy(), quota()
+    busy, limit = neighbours.busy() if neighbours else 0.0, quota()
     threads = free_threads(usual, busy, limit) if asked is None else min(asked, launch.cores())
     if threads == usual:
         return usual, None
