@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attention, study
+    from .adapt.adapters import lora
     from .attention import chunked_attention, use_attention
     from .lean.sampler import LeanSampler
     from .loader import convert, load, save
@@ -33,6 +34,7 @@ __version__ = "0.2.0"
 _HOME = {
     **dict.fromkeys(["chunked_attention", "use_attention"], "attention"),
     "CheckpointError": "weights.checkpoint",
+    "lora": "adapt.adapters",
     **dict.fromkeys(["UNet", "UNetConfig"], "unet"),
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule", "make_scheduler"], "scheduler"),
@@ -79,6 +81,7 @@ __all__ = [
     "info",
     "invert",
     "load",
+    "lora",
     "make_scheduler",
     "save",
     "scheduler_from_config",

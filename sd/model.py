@@ -38,6 +38,7 @@ class StableDiffusion:
         self.size = size  # pixels along an edge that it was trained for
         self.defaults = defaults or Defaults()
         self.files = files or WeightFiles()
+        self.adapters: Any = ()  # what `sd.lora` has added
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,7 @@ ROWS = [  # as in the README; each room that is added says here which row it is 
     {"pictures", "prompts", "weights"},
     {"model"},
     {"loader", "sampler"},
-    {"speed"},
+    {"adapt", "speed"},
     {"lean", "parallel"},
     {"compare", "study"},
     {"cli"},

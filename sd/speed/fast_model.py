@@ -20,7 +20,7 @@ from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
 from ..unet import ResBlock, UNet
 from ..vae import VAE
-from ..weights.unread import at_rest, computes_in, read_weights
+from ..weights.unread import at_rest, computes_in, patch_weights, read_weights
 from .graphs import Graphed
 from .malloc import keep
 from .operations import Fast
@@ -64,7 +64,7 @@ def fast_part(part: Part, compile: bool, extra_memory: bool) -> Part:
     if not packs:
         read_weights(part)
     if packs or (device.type == "cpu" and dtype in (torch.float32, torch.float64)):
-        with at_rest(part):  # another thread may be calling it for the first time
+        with at_rest(patch_weights(part)):  # another thread may be calling it for the first time
             result = copy_of(part, Fast(extra_memory), own_hooks=True)
         if packs:
             small_in(result, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,6 +55,12 @@ class WeightFiles:
                     digest.update(block)
             self._digests[path] = digest.hexdigest()
         return self._digests[path]
+
+    def and_maps_of(self, other: WeightFiles) -> WeightFiles:
+        """These files, and to be checked beside them the maps of others."""
+        result = copy.copy(self)
+        result._maps = [*self._maps, *other._maps]
+        return result
 
     def check(self) -> None:
         """Raise LoadError if a file that tensors are still mapped from has been changed in place.
