@@ -171,7 +171,7 @@ def test_weights_of_time_and_text_are_used_once(source):
     sampler = sd.LeanSampler(model)
     with torch.no_grad():
         request = sampler.request("a", **CALL)
-    unet = LeanUNet(model.unet, Weights(torch.float32), request, [request.context])
+    unet = LeanUNet(model, Weights(torch.float32), request, [request.context])
     once = [m for n, m in unet.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1"))]
     for module in once:
         module.weight = None  # whoever asks for it now fails

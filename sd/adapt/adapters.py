@@ -99,14 +99,27 @@ class Adapted(Patch):
             delta.add_(out, rows, columns, by, given, self.base)
         return out
 
+    def add_to(self, copy: Tensor, rows: slice = ALL, columns: slice = ALL) -> None:
+        """`add_`, to a copy of these rows and columns in any dtype."""
+        work = torch.promote_types(copy.dtype, torch.float32)
+        if copy.dtype == work:
+            self.add_(copy, rows, columns)
+        elif self.active():
+            copy.copy_(self.add_(copy.to(work), rows, columns))
+
     def merged(self, target: Target) -> Tensor:
         """The adapted weight, in memory of its own; computed in float32 or float64, and then converted."""
-        device, dtype = target
-        work = torch.promote_types(dtype, torch.float32)
-        out = torch.empty(self.base.shape, dtype=dtype, device=device)
+        return self.into(torch.empty(self.base.shape, dtype=target[1], device=target[0]))
+
+    def into(self, out: Tensor) -> Tensor:
+        """Write the adapted weight there, by pieces."""
+        work = torch.promote_types(out.dtype, torch.float32)
         for rows in spans(len(out), out.numel()):
             piece = self.base[rows]
-            out[rows] = self.add_(piece.to(device, work, copy=True), rows) if self.active() else piece
+            if self.active():
+                piece = piece.to(out.device, work, copy=True, memory_format=torch.contiguous_format)
+                self.add_(piece, rows)
+            out[rows] = piece
         return out
 
 
@@ -228,4 +241,4 @@ def rescale(model: StableDiffusion, adapter: Adapter, scales: Mapping[str, float
             if name not in waiting and any(other is adapter for other, _ in patch.deltas):
                 parameter = module.get_parameter(name)
                 with torch.inference_mode(False), torch.no_grad():
-                    parameter.copy_(patch.merged((parameter.device, parameter.dtype)))
+                    patch.into(parameter)

@@ -61,6 +61,12 @@ class Matrix:
         return (rows.shape[0], self.right.shape[1], *kernel.shape[2:])
 
     @property
+    def at_once(self) -> int:
+        """Elements that are converted for a piece: none where it is whole, for those count as the piece's."""
+        spread = self.right.numel() * (prod(self.core.shape[2:]) if self.core is not None else 1)
+        return 0 if self.left is None else self.left.numel() + spread
+
+    @property
     def rank(self) -> int | None:
         """None where it is whole."""
         return None if self.left is None else self.left.shape[1]
@@ -115,7 +121,7 @@ class Delta:
     @property
     def at_once(self) -> int:
         """Elements of those tensors that are converted for one piece, beside `temporaries`."""
-        return sum(t.numel() for t in self.tensors)
+        return 0
 
     @property
     def kept(self) -> int:
@@ -144,6 +150,10 @@ class Product(Delta):
         return self.matrix.rank
 
     @property
+    def at_once(self) -> int:
+        return self.matrix.at_once
+
+    @property
     def tensors(self) -> list[Tensor]:
         return tensors_of_matrices(self.matrix)
 
@@ -164,6 +174,10 @@ class Hadamard(Delta):
     @property
     def rank(self) -> int | None:
         return self.first.rank
+
+    @property
+    def at_once(self) -> int:
+        return self.first.at_once + self.second.at_once
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -197,7 +211,7 @@ class Kronecker(Delta):
 
     @property
     def at_once(self) -> int:
-        return sum(t.numel() for m in (self.first, self.second) if m.left is not None for t in tensors_of_matrices(m))
+        return self.first.at_once + self.second.at_once
 
 
 class Difference(Delta):
@@ -216,10 +230,6 @@ class Difference(Delta):
     @property
     def tensors(self) -> list[Tensor]:
         return [self.difference]
-
-    @property
-    def at_once(self) -> int:
-        return 0
 
 
 class Scaling(Delta):
@@ -278,6 +288,10 @@ class Generalized(Delta):
     @property
     def rank(self) -> int | None:
         return self.b.rank
+
+    @property
+    def at_once(self) -> int:
+        return self.a2.numel() + self.b.at_once
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -7,9 +7,10 @@ The peak of each stage is predicted from shapes, by counting the tensors that ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
+from typing import NamedTuple
 
 from ..files import printable
 from ..unet import Part, UNetConfig, topology
@@ -19,6 +20,13 @@ from .bands import Choice
 # Libraries' own on the CPU, beside importing torch, measured: 11 MB of modules, the rest are kernels that oneDNN
 # compiles, what these need while they work, and their threads' heaps.
 PROCESS = 86_000_000
+
+
+class Adapting(NamedTuple):
+    """What a LoRA takes where it is added to the pieces of a part's weights."""
+
+    each: int = 0  # bytes for each element of a piece: tensors of its size, made on the way
+    once: int = 0  # bytes of its factors for one weight, and of what is kept of all of them
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Job:
     process: int  # bytes that libraries take on top
     streamable: int  # bytes, in that dtype, of the UNet's weights that need a copy before they can be used
     tokens: int = 77  # of a prompt
+    adapting: Sequence[Adapting] = (Adapting(), Adapting())  # of the UNet, of the text encoder
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ class MemoryPlan:
             "VAE": self.job.process + vae_peak(self),
         }
 
+    def adding(self, part: int) -> int:
+        """Bytes that a LoRA takes beside a piece of the UNet (0) or of the text encoder (1)."""
+        each, once = self.job.adapting[part]
+        return each * (TEXT_PIECE if part else self.piece) + once
+
     @property
     def peak(self) -> int:
         return max(self.peaks.values())
@@ -75,6 +89,7 @@ class MemoryPlan:
             + (f", guidance halves {'one after the other' if self.halves else 'together'}" if job.guidance else ""),
             f"VAE    {mb(peaks['VAE'])}  bands of {mb(self.band * job.itemsize).strip()}, {stored} of "
             f"{len(self.choices)} blocks keep their inner tensor",
+            *([f"LoRA   {mb(self.adding(0))}  of the UNet's, beside each piece"] if self.adding(0) else []),
             f"peak   {mb(self.peak)}",
         ]
         return "\n".join(lines)
@@ -151,7 +166,8 @@ def choose_bands(plan: MemoryPlan, memory: int) -> MemoryPlan:
 def text_peak(plan: MemoryPlan) -> int:
     """77 tokens are small: what counts is a layer's weights."""
     job, tokens = plan.job, plan.job.tokens * plan.job.batch * (1 + plan.job.guidance)
-    return job.itemsize * (2 * TEXT_PIECE + tokens * 10 * job.text_width)  # two, and twice the wide inner ones
+    plain = 2 * TEXT_PIECE + tokens * 10 * job.text_width  # two, and twice the wide inner ones
+    return job.itemsize * plain + plan.adding(1)
 
 
 def unet_peak(plan: MemoryPlan) -> int:
@@ -167,7 +183,7 @@ def unet_peak(plan: MemoryPlan) -> int:
     times = (job.steps + 1) * (sum(blocks * c for c in widths) + 2 * widths[-1])
     latents = 8 * job.batch * job.unet.in_channels * job.height * job.width // 64
     weights = 0 if plan.kept >= job.streamable else 2 * plan.piece  # the buffer, and what the kernel makes of it
-    return job.itemsize * (largest + texts + times + latents + weights) + plan.kept
+    return job.itemsize * (largest + texts + times + latents + weights) + plan.kept + plan.adding(0)
 
 
 def unet_layers(job: Job, piece: int) -> Iterator[int]:

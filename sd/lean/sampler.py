@@ -7,7 +7,7 @@ decodes by bands (`bands.py`), as a plan says (`plan.py`). Text encoder, UNet an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..adapt.adapters import Adapted
 from ..attention import BasicTransformerBlock
 from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
@@ -26,9 +27,9 @@ from ..sampler import Denoiser, Prompt, Request, SimpleSampler, announced, finis
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
 from ..vae import VAE
-from ..weights.unread import at_rest, computes_in
+from ..weights.unread import Patch, at_rest, computes_in, patches_of
 from .bands import Bands
-from .plan import PROCESS, TEXT_PIECE, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
+from .plan import PROCESS, TEXT_PIECE, Adapting, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
 from .stream import Streamed, Weights, streamed_linear, weights_on
 
 
@@ -53,8 +54,9 @@ class LeanSampler(SimpleSampler):
 
     def job(self, height: int, width: int, batch: int, guidance: bool, steps: int) -> Job:
         model, itemsize = self.model, self.model.dtype.itemsize
-        ready = Weights(model.dtype, model.device).ready
-        streamable = sum(w.numel() for w in large_weights(model.unet) if not ready(w))
+        weights = Weights(model.dtype, model.device)
+        weights.patch(model.unet, patches_of(model.unet))
+        streamable = sum(w.numel() for w in large_weights(model.unet) if not weights.ready(w))
         return Job(
             model.unet.config,
             model.vae.config,
@@ -67,6 +69,7 @@ class LeanSampler(SimpleSampler):
             itemsize,
             PROCESS if model.device.type == "cpu" else 0,
             itemsize * streamable,
+            adapting=[cost_of(patches_of(part), itemsize) for part in (model.unet, model.text.model)],
         )
 
     def available(self) -> int:
@@ -88,6 +91,7 @@ class LeanSampler(SimpleSampler):
         weights = weights_on(self.model.device, self.model.dtype, TEXT_PIECE)
         with at_rest(self.model.text.model):
             text = self.model.text.with_model(copy_of(self.model.text.model, Streamed(weights)))
+            weights.patch(text.model, patches_of(self.model.text.model))
         with self.stage("text encoder"), torch.no_grad():
             return text.encode(texts, **how).to(device=self.model.device, dtype=self.model.dtype)
 
@@ -98,7 +102,7 @@ class LeanSampler(SimpleSampler):
         weights = weights_on(self.model.device, self.model.dtype, plan.piece, self.tidier(plan.peaks["UNet"]))
         contexts = [request.context] if request.negative is None else [request.negative, request.context]
         with self.stage("UNet", plan):
-            lean = LeanUNet(self.model.unet, weights, request, contexts)
+            lean = LeanUNet(self.model, weights, request, contexts)
             weights.keep(large_weights(lean.unet), plan.kept)
         unet = beside(lean, request.beside)
 
@@ -201,14 +205,21 @@ class LeanUNet:
     Another request has other prompts and timesteps, so it makes another one of these.
     """
 
-    def __init__(self, unet: UNet, weights: Weights, request: Request, contexts: list[Tensor]):
-        self.ops = Streamed(weights)
-        with at_rest(unet):  # another thread may draw with it for the first time
-            self.unet = copy_of(unet, self.ops)
+    def __init__(self, model: StableDiffusion, weights: Weights, request: Request, contexts: list[Tensor]):
+        self.ops, self.adapters, self.contexts = Streamed(weights), model.adapters, contexts
+        with at_rest(model.unet):  # another thread may draw with it for the first time
+            self.unet = copy_of(model.unet, self.ops)
+            weights.patch(self.unet, patches_of(model.unet))
         self.images = len(contexts[0])
-        timesteps = torch.tensor(request.timesteps, dtype=torch.float32, device=weights.device).unique()
-        self.row = {t: i for i, t in enumerate(timesteps.tolist())}
+        self.timesteps = torch.tensor(request.timesteps, dtype=torch.float32, device=weights.device).unique()
+        self.row = {t: i for i, t in enumerate(self.timesteps.tolist())}
         self.now, self.rows = 0, slice(0)  # of the call under way: its timestep, and its rows of the contexts
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Compute what depends on the time alone, or on the text alone."""
+        self.scales = self.scales_now()
+        self.ops.known = {}
 
         # Computed by the layers' function, not by calling them: hooks act in each step, on what the layer then gives.
         def layer_of(layer: Any, x: Tensor) -> Tensor:
@@ -216,26 +227,37 @@ class LeanUNet:
 
         first, _, last = self.unet.time_embed
         with torch.no_grad():
-            texts = {
-                layer: torch.cat([layer_of(layer, context) for context in contexts])  # (parts*B, 77, C)
+            self.texts: dict[nn.Module, Tensor] = {
+                layer: torch.cat([layer_of(layer, context) for context in self.contexts])  # (parts*B, 77, C)
                 for block in self.unet.modules()
                 if isinstance(block, BasicTransformerBlock)
                 for layer in (block.attn2.to_k, block.attn2.to_v)
             }
-            wave = timestep_embedding(timesteps, unet.config.model_channels).to(weights.dtype)
+            wave = timestep_embedding(self.timesteps, self.unet.config.model_channels).to(self.ops.weights.dtype)
             emb = layer_of(last, F.silu(layer_of(first, wave)))
-            times = {first: wave, last: emb}  # (timesteps, C)
+            self.times: dict[nn.Module, Tensor] = {first: wave, last: emb}  # (timesteps, C)
             blocks = [block for block in self.unet.modules() if isinstance(block, ResBlock)]
-            times |= {b.emb_layers[1]: layer_of(b.emb_layers[1], F.silu(emb)) for b in blocks}
-        self.ops.known = {layer: partial(self.of_text, kv) for layer, kv in texts.items()}
-        self.ops.known |= {layer: partial(self.of_time, table) for layer, table in times.items()}
+            self.times |= {b.emb_layers[1]: layer_of(b.emb_layers[1], F.silu(emb)) for b in blocks}
+        self.ops.known = {layer: partial(self.of_text, layer) for layer in self.texts}
+        self.ops.known |= {layer: partial(self.of_time, layer) for layer in self.times}
 
-    def of_text(self, kv: Tensor) -> Tensor:
-        return kv[self.rows]
+    def scales_now(self) -> list[dict[str, float]]:
+        return [adapter.scales for adapter in self.adapters]
 
-    def of_time(self, table: Tensor) -> Tensor:
+    def keep_up(self) -> None:
+        """Where `sd.study.scale` has changed how much of a LoRA is added, all that was computed with it is stale."""
+        if self.scales != self.scales_now():
+            self.ops.weights.refresh()
+            self.prepare()
+
+    def of_text(self, layer: nn.Module) -> Tensor:
+        self.keep_up()
+        return self.texts[layer][self.rows]
+
+    def of_time(self, layer: nn.Module) -> Tensor:
         """A row for each image of the call, as the textbook has it."""
-        return table[self.now].expand(self.rows.stop - self.rows.start, -1)
+        self.keep_up()
+        return self.times[layer][self.now].expand(self.rows.stop - self.rows.start, -1)
 
     def __call__(self, x: Tensor, t: Tensor, parts: slice) -> Tensor:
         """parts: which of the contexts x stands for."""
@@ -251,6 +273,16 @@ def large_weights(unet: UNet) -> Iterator[Tensor]:
             part in name for part in ("attn2.to_k", "attn2.to_v", "emb_layers", "time_embed")
         ):
             yield module.weight
+
+
+def cost_of(patches: Mapping[str, Patch], itemsize: int) -> Adapting:
+    """What a LoRA takes beside the weights that it is added to, where it is added to pieces of them."""
+    deltas = [delta for patch in patches.values() if isinstance(patch, Adapted) for _, delta in patch.deltas]
+    wide = max(itemsize, 4)  # it is computed in float32 at least
+    return Adapting(
+        wide * max((delta.temporaries + delta.of_base for delta in deltas), default=0),
+        wide * max((delta.at_once for delta in deltas), default=0) + wide * sum(delta.kept for delta in deltas),
+    )
 
 
 def free_memory(device: torch.device) -> int:

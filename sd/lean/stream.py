@@ -2,8 +2,8 @@
 
 `Weights.parts` gives some rows of a weight, ready to compute with. A weight that lies in the file's
 memory map in another dtype, or on another device, is copied into a buffer that the next piece reuses; what is kept
-(`Weights.keep`) is copied once. `Streamed` are the operations of a model whose layers ask for their weights in this
-way, and write in place where they can.
+(`Weights.keep`) is copied once. What a LoRA adds to these rows is added to the copy. `Streamed` are the operations of
+a model whose layers ask for their weights in this way, and write in place where they can.
 
 Large layers come in pieces of output channels, and the feed-forward in pieces of its inner width, so that neither
 a whole layer nor its widest activation need exist. Each output is computed as before, by the same sums.
@@ -11,15 +11,17 @@ a whole layer nor its widest activation need exist. Each output is computed as b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapt.adapters import Adapted
 from ..attention import GEGLU, FeedForward
 from ..operations import NormSiLUConvolution, Operations
+from ..weights.unread import Patch
 
 Part = tuple[Tensor, Any]  # a weight, and which part of it: an index
 Key = tuple[tuple[int, int], ...]
@@ -48,10 +50,26 @@ class Weights:
         self.device = torch.empty(0, device=device).device  # "cuda" is "cuda:0" or another: tensors know which
         self.kept: dict[Tensor, Tensor] = {}
         self.buffer: Tensor | None = None
+        self.patches: dict[Tensor, Adapted] = {}
+
+    def patch(self, part: nn.Module, patches: Mapping[str, Patch]) -> None:
+        """Give out these weights of a part, by name, with what a LoRA adds to them."""
+        for name, patch in patches.items():
+            assert isinstance(patch, Adapted)
+            self.patches[part.get_parameter(name)] = patch
+
+    def patched(self, weight: Tensor, copy: Tensor, index: Any = ALL) -> Tensor:
+        """A copy of a part of a weight, with what is added to it there, in place."""
+        if patch := self.patches.get(weight):
+            patch.add_to(copy, *index if isinstance(index, tuple) else (index,))
+        return copy
 
     def whole(self, weight: Tensor) -> Tensor:
         """A copy that stays (or the weight itself, if it is as it should be)."""
-        return self.kept[weight] if weight in self.kept else weight.detach().to(self.device, self.dtype)
+        if weight in self.kept:
+            return self.kept[weight]
+        patch = self.patches.get(weight)
+        return patch.merged((self.device, self.dtype)) if patch else weight.detach().to(self.device, self.dtype)
 
     def small(self, weight: Tensor) -> Tensor:
         """A bias, or the gain of a norm: those of a model are about 1 MB, and always kept."""
@@ -63,9 +81,14 @@ class Weights:
         """Some parts of weights, all valid until the next are asked for."""
         self.tidy()
         rows = [self.kept.get(weight, weight).detach()[index] for weight, index in parts]
-        wanting = [r for r in rows if r.dtype != self.dtype or r.device != self.device]
+        ready = [self.ready(weight) for weight, _ in parts]
+        wanting = [r for r, is_ready in zip(rows, ready, strict=True) if not is_ready]
         copies = iter(self.copy(wanting)) if wanting else iter(())
-        return [r if r.dtype == self.dtype and r.device == self.device else next(copies) for r in rows]
+        result = [r if is_ready else next(copies) for r, is_ready in zip(rows, ready, strict=True)]
+        for (weight, index), piece, is_ready in zip(parts, result, ready, strict=True):
+            if not is_ready:
+                self.patched(weight, piece, index)
+        return result
 
     def copy(self, rows: Sequence[Tensor]) -> list[Tensor]:
         count = sum(r.numel() for r in rows)
@@ -76,7 +99,8 @@ class Weights:
 
     def ready(self, weight: Tensor) -> bool:
         """Whether a weight needs no copy."""
-        return weight in self.kept or (weight.dtype == self.dtype and weight.device == self.device)
+        as_it_is = weight.dtype == self.dtype and weight.device == self.device and weight not in self.patches
+        return weight in self.kept or as_it_is
 
     def pieces(self, weight: Tensor) -> list[tuple[int, int]]:
         """Into which rows a weight is cut: one piece if it is kept or needs no copy."""
@@ -94,6 +118,12 @@ class Weights:
                 self.kept[weight] = self.whole(weight)
                 used += size
         return used
+
+    def refresh(self) -> None:
+        """Copy what is kept and changed by a LoRA once more: its scale is another now."""
+        for weight, patch in self.patches.items():
+            if weight in self.kept:
+                patch.into(self.kept[weight])
 
     def release(self) -> None:
         """Let go of everything."""
@@ -129,7 +159,7 @@ class PinnedWeights(Weights):
 
     def copy(self, rows: Sequence[Tensor]) -> list[Tensor]:
         if any(r.device.type != "cpu" for r in rows):  # of a part that lives on some GPU
-            return [r.to(self.device, self.dtype) for r in rows]
+            return [r.to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format) for r in rows]
         key, compute = key_of(rows), torch.cuda.current_stream(self.device)
         # All that uses the slot whose turn it is has been queued by now: it may be filled once that is done.
         self.stream.wait_stream(compute)
