@@ -47,7 +47,7 @@ class AdapterFile:
     @property
     def digest(self) -> str:
         """The SHA-256 of the file; read on first use."""
-        digest = self.files.digest
+        digest = self.files.digest()
         assert digest is not None
         return digest
 
@@ -100,7 +100,7 @@ def read_adapter(path: str | os.PathLike[str], model: StableDiffusion) -> Adapte
         for name, p in module.named_parameters()
     }
     settings = PeftSettings(path, metadata, path.name in FOLDER_FILES)
-    files = WeightFiles(path, [(path, checkpoint.map)])
+    files = WeightFiles({"unet": [path]}, [(path, checkpoint.map)])
     unmatched = [key for key in tensors if key not in found]
     result = AdapterFile(path, adapter_name(path), dialect_of(found) or "", metadata, files, {}, {}, unmatched)
     for place, fields in groups.items():
