@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import zlib
 from pathlib import Path, PureWindowsPath
@@ -72,10 +73,20 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Hires upscaler": "Lanczos" if settings.get("hires") else None,
         "Eta DDIM": settings.get("eta") or None,
     }
-    lines = [settings["prompt"]]
+    loras = [(Path(entry["file"]).stem, entry) for entry in settings.get("lora") or ()]
+    if loras:  # as their prompts name them
+        known = [(re.sub("[:,]", "", name), entry["hash"]) for name, entry in loras if entry.get("hash")]
+        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in known)
+    tags = [f"<lora:{name}:{lora_scale(entry['scale'])}>" for name, entry in loras]
+    lines = [" ".join([settings["prompt"], *tags])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     return "\n".join([*lines, ", ".join(f"{k}: {quoted(v)}" for k, v in fields.items() if v is not None)]).strip()
+
+
+def lora_scale(scale: float | Mapping[str, float]) -> str:
+    """As AUTOMATIC1111 writes it: of both parts, or of the text encoder and of the UNet."""
+    return f"{scale['text']:g}:{scale['unet']:g}" if isinstance(scale, dict) else f"{scale:g}"
 
 
 SAMPLERS = {  # AUTOMATIC1111's names

@@ -9,7 +9,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from ..files import from_root, printable
-from . import given_pictures
+from . import given_pictures, loras
 from .foreign import read_foreign
 from .options import DTYPES, LAST_SEED, STYLES, CommandError
 
@@ -110,6 +110,8 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "text_hash": hexadecimal,  # of the text encoder's
     "config_hash": hexadecimal,  # of the sizes of all parts, and of the noise that the model was trained with
     "tokenizer_hash": hexadecimal,
+    "lora": loras.sound(name, hexadecimal),
+    "lora_hashes": lambda value: isinstance(value, dict) and all(map(hexadecimal, value.values())),
 }
 
 

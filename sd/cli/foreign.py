@@ -23,6 +23,7 @@ OTHER_NOISE = ("dpmpp_sde", "dpmpp_2m_sde")  # there, theirs is of a Brownian tr
 HARMLESS: dict[str, tuple[str, ...] | None] = {
     "Version": None,
     "VAE hash": None,
+    "Hashes": None,
     "Model hash": None,
     "User": None,
     "Batch size": None,
@@ -89,6 +90,7 @@ def foreign_settings(text: str, given: Collection[str] = ()) -> tuple[dict[str, 
     if len(fields.get("Model hash", "")) == 10:  # shorter ones are of another kind
         take("Model hash", "model_hash", str.lower)
     take("Model", "model", str)
+    take("Lora hashes", "lora_hashes", hashes_in)
     found["rng"] = "cpu" if fields.pop("RNG", "") == "CPU" else "cuda"
     missed = []
     sampler, schedule = fields.pop("Sampler", ""), fields.pop("Schedule type", "")
@@ -106,11 +108,20 @@ def foreign_settings(text: str, given: Collection[str] = ()) -> tuple[dict[str, 
         missed.append(
             f"Hires upscale: {found['hires']:g} (the second pass is ours, at 0.75 in place of {strength or '?'})"
         )
+    unnamed = [f"{name}: {digest}" for name, digest in found.get("lora_hashes", {}).items() if name not in prompt]
+    if unnamed and "lora" not in given:
+        missed.append(f"Lora hashes: {printable(', '.join(unnamed), 80)} (the prompt does not name it)")
     for name, value in fields.items():
         harmless = HARMLESS.get(name, ())
         if harmless is not None and value not in harmless:
             missed.append(f"{name}: {printable(value, 40)}")
     return found, missed
+
+
+def hashes_in(text: str) -> dict[str, str]:
+    """ "style: 0123456789ab, other: ..." """
+    pairs = [pair.rpartition(":") for pair in text.split(",") if pair.strip()]
+    return {name.strip(): digest.strip().lower() for name, _, digest in pairs}
 
 
 def solver_named(sampler: str, schedule: str) -> str:

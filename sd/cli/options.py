@@ -6,9 +6,12 @@ Nothing here imports torch, so that help is there at once.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..files import printable
@@ -105,6 +108,28 @@ def seed(text: str) -> int:
 def memory(text: str) -> str:
     """600MB; of a number alone, nobody means bytes"""
     return f"{text}MB" if re.fullmatch(r"\s*[0-9.]+\s*", text) else text
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A LoRA that is drawn with."""
+
+    file: str
+    scale: float | dict[str, float] = 1.0  # of both parts, or of "unet" and of "text"
+
+
+def lora_file(text: str) -> Chosen:
+    """FILE or FILE:SCALE"""
+    file, colon, end = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return Chosen(text)
+    try:
+        scale = float(end)
+    except ValueError:
+        return Chosen(text)  # a path with a colon in it, as on Windows
+    if not file or not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"must be like style.safetensors:0.8, not {repeated(text)}")
+    return Chosen(file, scale)
 
 
 def number(text: str) -> float:
@@ -213,6 +238,10 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("with which model, and where it runs").add_argument
     add("--model", help="The built-in model shapes, a .ckpt or .safetensors file, a folder, or a Hub repository. "
         "Default: shapes.")  # fmt: skip
+    add("--lora", action="append", type=lora_file, metavar="FILE[:SCALE]", help="A LoRA to add to the model, and how "
+        "much of it: style.safetensors:0.8. May be given several times. Default of the scale: 1.")  # fmt: skip
+    add("--lora-dir", action="append", metavar="DIR", help="A folder with LoRAs, in which those are looked for "
+        "that the prompt names, as <lora:style:0.8>, or a picture that is drawn again.")  # fmt: skip
     add("--device", help="Where to compute: cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")
     add("--dtype", **dtype_option("The kind of numbers to compute with. Default: float16 on a GPU, else float32."))
     add = parser.add_argument_group("where it goes").add_argument

@@ -9,13 +9,13 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
 from ..parallel import launch
-from . import given_pictures
+from . import given_pictures, loras
 from .again import HASHES, RECORDED, recorded
 from .options import LAST_SEED, RANDOM, CommandError
 
@@ -72,6 +72,9 @@ class Drawing:
     ema: bool = False
     tokenizer: str | None = None
     config: Mapping[str, Any] | None = None
+    lora: Sequence[Any] | None = None  # `loras.Chosen`, in the order in which they are added
+    lora_dir: Sequence[str] | None = None  # folders in which those are looked for that a prompt or a picture names
+    lora_hashes: Mapping[str, str] | None = None  # of those that the prompt of a picture names
     again: str | None = None  # the picture that the settings come from
     model_hash: str | None = None  # of what drew that picture
     vae_hash: str | None = None
@@ -117,6 +120,7 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     settings |= given
     if "prompt" not in settings:
         raise CommandError('There is nothing to draw: give a prompt, for example artist "a red star".')
+    settings = loras.settled(settings, given)
     if isinstance(settings.get("config"), str):  # its content, so that the picture can tell it
         settings["config"] = config_in(settings["config"])
     if settings.get("seed") == RANDOM:
@@ -165,6 +169,7 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
 
     scheduler = request.scheduler
     asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES} | dict(drawing.told or {})
+    asked["lora"] = loras.told(drawing)
     if request.pictures is not None:
         asked["strength"] = request.pictures.strength
     if drawing.hires:
@@ -261,6 +266,7 @@ def place(device: str | None) -> str:
 def load_model(drawing: Drawing) -> StableDiffusion:
     import torch
 
+    from ..adapt.adapters import lora
     from ..loader import check_device, load
     from ..speed.malloc import keep, large_pages
 
@@ -271,7 +277,7 @@ def load_model(drawing: Drawing) -> StableDiffusion:
     check_device(device)
 
     def read() -> StableDiffusion:
-        return load(
+        model = load(
             drawing.model,
             device=device,
             dtype=getattr(torch, drawing.dtype) if drawing.dtype else None,
@@ -281,6 +287,9 @@ def load_model(drawing: Drawing) -> StableDiffusion:
             config=drawing.config,
             ema=drawing.ema,
         )
+        for chosen in drawing.lora or ():
+            model = lora(model, chosen.file, chosen.scale)
+        return model
 
     if drawing.variant == "parallel":
         from ..parallel.sampler import load_together
