@@ -26,6 +26,7 @@ from sd.cli.settings import Drawing, differences, drawing_of, hashes_of, setting
 from sd.image import SIGNATURE, read_settings, save_png
 from sd.scheduler import make_scheduler
 from tests.layouts import compvis_tensors, ema_tensors, write_ckpt, write_hub, write_tokenizer
+from tests.loras import attention_of, lora_tensors, write_lora
 from tests.test_image import SETTINGS
 
 SOUND = {"prompt": "a red star", "model": "shapes", "num_inference_steps": 4}
@@ -330,6 +331,7 @@ EVERY = {  # what is drawn -> what has to be given again, because a picture does
      "--scheduler", "euler_a", *FROM_FILE): ["--image", "w.png", "--mask", "k.png"],
     ("--image", "w.png", "--extend", "right=8,top=16", "--model", "m.safetensors"): ["--image", "w.png"],
     ("--hires", "1.5", "--scheduler", "unipc", "--threads", "1", *FROM_FILE): [],
+    ("--lora", "style.safetensors:0.5", "--lora-dir", ".", *FROM_FILE): [],
     ("--ema", "--config", "c.json", *FULL): ["--tokenizer", "words"],
     ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"): [],
 }  # fmt: skip
@@ -344,6 +346,7 @@ def models(tiny, tmp_path_factory):
     sd.save(tiny, path / "m.safetensors")
     write_ckpt(path / "full.ckpt", compvis_tensors(tiny) | ema_tensors(tiny))
     write_tokenizer(path / "words")
+    write_lora(path / "style.safetensors", lora_tensors(tiny, list(attention_of(tiny)))[0])
     (path / "c.json").write_text(json.dumps({"unet": {"num_heads": 4}}))
     hub = write_hub(path / "hub", tiny)
     for file in [*hub.glob("*/*.safetensors")]:

@@ -48,6 +48,7 @@ CASES = {
     "hires": {"hires": 2.0, "hires_strength": 0.75},
     "from a picture": {"strength": 0.6, "image": "a.png", "clip_skip": 1},
     "no hash": {"model_hash": None},
+    "a LoRA": {"lora": [{"file": "nets/style.safetensors", "scale": 0.8, "hash": "0123456789ab"}]},
 }
 
 
@@ -83,7 +84,13 @@ def facts(case):
         "Hires upscale": "2" if "hires" in case else None,
         "Hires upscaler": "Lanczos" if "hires" in case else None,
         "Eta DDIM": case.get("eta") or None,
+        "Lora hashes": "style: 0123456789ab" if "lora" in case else None,
     }
+
+
+def prompt_of(case):
+    """There, it names the networks."""
+    return case["prompt"] + (" <lora:style:0.8>" if "lora" in case else "")
 
 
 def theirs(case, path):
@@ -91,7 +98,7 @@ def theirs(case, path):
     negative = f"\nNegative prompt: {case['negative_prompt']}" if case["negative_prompt"] else ""
     fields = ", ".join(f"{key}: {quote(value)}" for key, value in facts(case).items() if value is not None)
     info = PngInfo()
-    info.add_text("parameters", f"{case['prompt']}{negative}\n{fields}".strip())
+    info.add_text("parameters", f"{prompt_of(case)}{negative}\n{fields}".strip())
     Image.new("RGB", (8, 8)).save(path, pnginfo=info)
 
 
@@ -147,7 +154,7 @@ def test_what_is_read_right_of_theirs_is_read_right_of_ours(package, name, tmp_p
     save_png(Image.new("RGB", (8, 8)), tmp_path / "ours.png", case)
     by_them, by_us = (READERS[package](str(tmp_path / f"{who}.png")) for who in ("theirs", "ours"))
     truth = {key: str(value) for key, value in facts(case).items() if value is not None}
-    truth |= {key: case[key].strip() for key in ("prompt", "negative_prompt")}
+    truth |= {"prompt": prompt_of(case).strip(), "negative_prompt": case["negative_prompt"].strip()}
     truth |= {"program": "AUTOMATIC1111", "status": "READ_SUCCESS"}
     right = {key for key, value in truth.items() if key in by_them and str(by_them[key]) == value}
     assert {key: by_us.get(key) for key in right} == {key: by_them[key] for key in right}
