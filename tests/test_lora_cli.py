@@ -62,7 +62,7 @@ def test_a_lora_is_drawn_with_recorded_and_drawn_with_again(files, here, capsys,
     model = sd.lora(sd.lora(shapes, style, 0.8), other)
     (wanted,) = sd.SimpleSampler(model)(STAR, num_inference_steps=1, scheduler="ddim")
     assert np.array_equal(pixels("a.png"), np.asarray(wanted))
-    assert np.abs(pixels("a.png") - pixels("plain.png")).max() > 8
+    assert np.abs(pixels("a.png") - pixels("plain.png")).max() > 4  # rounding is 1
     settings = read_settings("a.png")
     assert settings["lora"] == [
         {"file": "style.safetensors", "scale": 0.8, "digest": hashlib.sha256(style.read_bytes()).hexdigest()[:10],
