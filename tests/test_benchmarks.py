@@ -151,7 +151,15 @@ def test_the_picture_stops_after_the_first_call_if_told(how, tmp_path, monkeypat
 
 def test_table_and_plot(tmp_path):
     runs = {
-        "textbook": [{"times": {"call": [2.0, 2.2], "first call": [3.0]}, "load": 1.0, "peak": 5e9, "error": 1e-6}],
+        "textbook": [
+            {
+                "times": {"call": [2.0, 2.2], "first call": [3.0]},
+                "load": 1.0,
+                "peak": 5e9,
+                "error": 1e-6,
+                "norm": 4e-7,
+            }
+        ],
         "diffusers": [{"times": {"call": [4.4, 4.0], "first call": [5.0]}, "load": 1.0, "peak": 5e9, "error": 2e-6}],
         "diffusers channels-last": [
             {"times": {"call": [4.0], "first call": [5.0]}, "load": 1.0, "peak": 5e9, "error": 2e-6}
@@ -167,7 +175,7 @@ def test_table_and_plot(tmp_path):
         "",
         "3.0",
         "5000",
-        "1.0e-06",
+        "1.0e-06, 4.0e-07",
     ]  # against the better format
     assert cells[5][:2] == ["OpenVINO", "failed"]
     assert "1.2 x" in cells[5][3]

@@ -20,7 +20,7 @@ from sd.image import JSON_CHUNK, read_settings
 from tests.loras import attention_of, lora_tensors, write_lora
 
 STAR = "a red star"
-FAST = ["--steps", "1", "--quiet", "--scheduler", "ddim"]
+FAST = ["--steps", "1", "--quiet", "--scheduler", "ddim", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +73,17 @@ def test_a_lora_is_drawn_with_recorded_and_drawn_with_again(files, here, capsys,
     text = Image.open("a.png").text["parameters"]
     assert text.startswith(f"{STAR} <lora:style:0.8> <lora:other:1>\n")
     assert f'Lora hashes: "style: {content_digest(style)[:12]}, other: {content_digest(other)[:12]}"' in text
-    code, error = said(["--again", "a.png", "--quiet", "-o", "b.png"], capsys)
+    code, error = said(["--again", "a.png", "--quiet", "--device", "cpu", "-o", "b.png"], capsys)
     assert code == 2
     assert "drawn with the LoRA style.safetensors, which is no file here: add --lora-dir" in error
-    code, error = said(["--again", "a.png", "--quiet", "--lora-dir", files, "-o", "b.png"], capsys)
+    code, error = said(["--again", "a.png", "--quiet", "--device", "cpu", "--lora-dir", files, "-o", "b.png"], capsys)
     assert (code, error) == (0, "")
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert read_settings("b.png")["lora"] == settings["lora"]
-    assert said(["--again", "a.png", "--quiet", "--lora", f"{style}:0", "-o", "c.png"], capsys)[0] == 0
+    assert (
+        said(["--again", "a.png", "--quiet", "--device", "cpu", "--lora", f"{style}:0", "-o", "c.png"], capsys)[0]
+        == 0
+    )
     assert np.array_equal(pixels("c.png"), pixels("plain.png"))
 
 
