@@ -333,7 +333,8 @@ EVERY = {  # what is drawn -> what has to be given again, because a picture does
     ("--hires", "1.5", "--scheduler", "unipc", "--threads", "1", *FROM_FILE): [],
     ("--lora", "style.safetensors:0.5", "--lora-dir", ".", *FROM_FILE): [],
     ("--ema", "--config", "c.json", *FULL): ["--tokenizer", "words"],
-    ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"): ["--device", "cpu"],
+    ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"):
+     ["--device", "cpu"],
 }  # fmt: skip
 ELSEWHERE = {"--again", "--revision"}  # of the Hub: it is named by tests/test_hub.py's own
 NOT_OF_THE_PICTURE = {"--output", "--force", "--quiet", "--plan", "--variant", "--memory", "--ranks", "--split"}
