@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import attention, study
+    from .adapt.adapter_facts import lora_info
     from .adapt.adapters import lora
     from .attention import chunked_attention, use_attention
     from .lean.sampler import LeanSampler
@@ -35,6 +36,7 @@ _HOME = {
     **dict.fromkeys(["chunked_attention", "use_attention"], "attention"),
     "CheckpointError": "weights.checkpoint",
     "lora": "adapt.adapters",
+    "lora_info": "adapt.adapter_facts",
     **dict.fromkeys(["UNet", "UNetConfig"], "unet"),
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule", "make_scheduler"], "scheduler"),
@@ -82,6 +84,7 @@ __all__ = [
     "invert",
     "load",
     "lora",
+    "lora_info",
     "make_scheduler",
     "save",
     "scheduler_from_config",

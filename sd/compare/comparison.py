@@ -401,20 +401,27 @@ def compare_command(
     bound: float | None = None,
     repeats: int = 1,
     ema: bool = False,
+    loras: Sequence[Any] = (),
     **files: Any,
 ) -> Report:
     """What `artist compare` does: two sources, or one source or `random` weights ("full", "small") with diffusers.
 
+    loras    files and scales: the source without and with these is compared
     dtype    the name of one; float64 if not given, but float32 for two sources
     files    tokenizer, config, revision and variant, as of `sd.load`
     """
     check_device(device)
-    computes_in = getattr(torch, dtype or ("float32" if other else "float64"))
+    computes_in = getattr(torch, dtype or ("float32" if other or loras else "float64"))
     if other:
         return compare_sources(source, other, size=size, dtype=computes_in, bound=bound or 0.0, **files)
-    reference.diffusers()  # before gigabytes are read
+    if not loras:
+        reference.diffusers()  # before gigabytes are read
     if random:
         model = reference.random_model_of(random, computes_in).to(device)
     else:
         model = load(source or "shapes", device=device, dtype=computes_in, ema=ema, **files)
+    if loras:
+        from .adapted import compare_lora  # which takes its inputs from here
+
+        return compare_lora(model, loras, size=size)
     return compare_with_diffusers(model, size=size, what=only, bound=bound, repeats=repeats)

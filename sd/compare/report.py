@@ -107,6 +107,8 @@ def format_rows(report: Report) -> list[str]:
     first = report.first_over
     bounds = sorted({row.bound for row in report.rows})
     below = " or ".join(f"{bound:g}" for bound in bounds)
+    if all(bound == math.inf for bound in bounds):
+        return lines  # nothing was to be alike
     if first is None:
         lines += ["", f"No block is over its bound ({below})." if any(bounds) else "Every block gives the same."]
     else:

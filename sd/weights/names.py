@@ -206,7 +206,7 @@ def kind_of(tensors: Tensors) -> str:
     def any_of(*words: str) -> bool:
         return any(word in name for word in words for name in names)
 
-    if any_of("lora_", "lora.up", ".lora"):
+    if any_of("lora_", "lora.up", ".lora", "lycoris_", ".hada_w", ".lokr_w", ".ia3_l"):
         return "LoRA"
     if any_of("conditioner.embedders", "label_emb"):
         return "SDXL"

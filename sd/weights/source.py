@@ -223,6 +223,8 @@ def refuse_other_kinds(found: Source) -> None:
         names.PREFIXES[part] + n: t for part, tensors in found.parts.items() for n, t in tensors.items()
     }
     kind = names.kind_of(tensors)
+    if kind == "LoRA":
+        raise LoadError(f"{found.name} holds a LoRA, not a model: add it to one with sd.lora (--lora).")
     if kind != "Stable Diffusion v1":
         what = "weights that are not recognised" if kind == "unknown" else f"{kind} weights"
         raise LoadError(
