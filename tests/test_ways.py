@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import sd
 from sd import study
 from tests.layouts import make_model
+from tests.loras import attention_of, lora_tensors, write_lora
 from tests.worlds import in_world
 
 TABLE = [
@@ -71,6 +73,33 @@ def pictures_in(way, model):
     torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
 
 
+def with_lora(way, model):
+    adapted = a_lora(model)
+    latents = sampler_of(way, adapted)(["a star", "a ring"], **CALL)
+    torch.testing.assert_close(latents, sd.SimpleSampler(adapted)(["a star", "a ring"], **CALL), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(latents, sd.SimpleSampler(model)(["a star", "a ring"], **CALL), atol=1e-2)
+
+
+def scale_of_lora(way, model):
+    adapted = a_lora(model)
+    sampler, textbook = sampler_of(way, adapted), sd.SimpleSampler(a_lora(model))
+    before = sampler(["a star", "a ring"], **CALL)
+    for value in (0.4, lambda step: 1.0 - step):
+        with study.scale(sampler, "ways", value), study.scale(textbook, "ways", value):
+            latents = sampler(["a star", "a ring"], **CALL)
+            wanted = textbook(["a star", "a ring"], **CALL)
+        torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+    assert torch.equal(sampler(["a star", "a ring"], **CALL), before)
+
+
+def a_lora(model):
+    with tempfile.TemporaryDirectory() as folder:
+        tensors, _ = lora_tensors(model, list(attention_of(model)))
+        return sd.lora(
+            model, write_lora(Path(folder) / "ways.safetensors", {n: t.float() for n, t in tensors.items()})
+        )
+
+
 def invert(way, model):
     sd.invert(sampler_of(way, model), torch.rand(1, 3, 64, 64), "a star", num_inference_steps=2)
 
@@ -116,6 +145,8 @@ FEATURES = {
     "weights and prompts of any length, `clip_skip`, `guidance_rescale`, `rng`": styles,
     "every solver": solvers,
     "pictures in, masks, weights of 9 channels": pictures_in,
+    "`sd.lora`, several, of every kind": with_lora,
+    "`sd.study.scale`, for a block and by step": scale_of_lora,
     "`sd.invert`": invert,
     "`stream`, step by step": stream,
     "a model that `sd.fast` made": fast_model,
