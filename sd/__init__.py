@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .adapt.adapter_facts import lora_info
     from .adapt.adapters import lora
     from .attention import chunked_attention, use_attention
+    from .compare.bridge import from_diffusers, to_diffusers
     from .lean.sampler import LeanSampler
     from .loader import convert, load, save
     from .model import StableDiffusion
@@ -44,6 +45,7 @@ _HOME = {
     "Defaults": "weights.defaults",
     "scheduler_from_config": "weights.scheduler_config",
     "StableDiffusion": "model",
+    **dict.fromkeys(["from_diffusers", "to_diffusers"], "compare.bridge"),
     **dict.fromkeys(["alpha_mask", "extend"], "pictures"),
     "invert": "pictures.inversion",
     "LeanSampler": "lean.sampler",
@@ -80,6 +82,7 @@ __all__ = [
     "describe",
     "extend",
     "fast",
+    "from_diffusers",
     "info",
     "invert",
     "load",
@@ -89,6 +92,7 @@ __all__ = [
     "save",
     "scheduler_from_config",
     "study",
+    "to_diffusers",
     "use_attention",
 ]
 

@@ -15,13 +15,13 @@ from sd.compare.reference import SMALL_TEXT as TEXT
 from sd.compare.reference import SMALL_UNET as UNET
 from sd.compare.reference import SMALL_VAE as VAE
 from sd.compare.reference import (
+    diffusers_pipeline,
     diffusers_unet,
     diffusers_vae,
     hub_tensors,
     random_tensors,
     tokenizer_files,
     transformers_text,
-    transformers_tokenizer,
 )
 from sd.compare.reference import random_model as make_model
 from sd.text import CLIPText, TextConfig
@@ -169,18 +169,7 @@ def diffusers_images(
     **options,
 ):
     """What one of diffusers' pipelines draws with the same weights, and transformers' text encoder and tokenizer."""
-    import diffusers
-
-    pipeline = getattr(diffusers, kind)(
-        vae=diffusers_vae(model),
-        text_encoder=transformers_text(model.text),
-        tokenizer=transformers_tokenizer(model.text),
-        unet=diffusers_unet(model),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = diffusers_pipeline(model, kind, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return pipeline(prompt, generator=generators if len(seeds) > 1 else generators[0], **options).images

@@ -258,7 +258,7 @@ def change_config(folder, where, **changes):
 @pytest.mark.parametrize(
     ("where", "changes", "message"),
     [
-        ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection"),
+        ("unet/config.json", {"only_cross_attention": True}, "only_cross_attention"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),
         ("unet/config.json", {"attention_head_dim": [5, 10, 20]}, "head counts"),

@@ -143,7 +143,7 @@ def compare_with_diffusers(
         report.rows += compare_vae(model, inputs, bound, repeats)
     if "schedulers" in what:
         latents = inputs.latents[:, : model.vae.config.z_channels]
-        for name in reference.CLASSES:
+        for name in reference.COMPARED:
             report.rows.append(compare_scheduler(name, latents, max(bound, least.get(name, 0.0))))
     if "drawings" in what:
         report.rows += compare_drawings(model, side, texts, bound)

@@ -57,9 +57,9 @@ def compare_drawing(
     call |= {**options, "negative_prompt_embeds": context[:1], "prompt_embeds": context[1:]}
     if kind != FROM["image"]:  # that pipeline takes the picture's size
         call |= {"height": side, "width": side}
-    usual = model.defaults
-    scheduler = reference.diffusers_scheduler(SOLVER, usual.schedule, **usual.options)
-    pipe = reference.diffusers_pipeline(model, kind, scheduler)
+    scheduler = reference.diffusers_scheduler(model.defaults.make_scheduler(SOLVER, STEPS))
+    pipe = reference.diffusers_pipeline(model, kind, scheduler, text=False)
+    pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     begin = time.perf_counter()
     ours = SimpleSampler(model)(scheduler=SOLVER, seed=SEED, **call)

@@ -1,7 +1,7 @@
 """What to measure against: models of random weights, and diffusers' models with the weights of ours.
 
-Only `artist compare`, the tests and the benchmarks come here; nothing else in `sd` knows of diffusers, and here it
-is imported by the functions that need it.
+Only `artist compare`, the bridge (`bridge.py`), the tests and the benchmarks come here; nothing else in `sd` knows of
+diffusers, and here it is imported by the functions that need it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from ..attention import SpatialTransformer
 from ..model import StableDiffusion
 from ..prompts.encoder import TextEncoder
 from ..prompts.tokenizer import END, START
-from ..schedule import V1, NoiseSchedule
+from ..schedule import V1, Scheduler
+from ..scheduler import make_scheduler, scheduler_name
 from ..text import CLIPText, TextConfig
 from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
 from ..vae import VAE, VAEConfig
@@ -34,7 +35,7 @@ from ..weights.tokenizer import bytes_to_letters
 
 
 class CompareError(ValueError):
-    """What keeps two models from being compared, in one sentence."""
+    """What keeps a model from standing beside diffusers, to be compared or shared, in one sentence."""
 
 
 # ---- random weights
@@ -134,7 +135,7 @@ def transformers_text(text: TextEncoder) -> Any:
     for module in model.modules():  # a buffer that no file holds, so it is still on meta
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(text.config.max_position_embeddings, device=device)[None]
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def diffusers() -> Any:
@@ -143,7 +144,7 @@ def diffusers() -> Any:
         return import_module("diffusers")
     except ImportError as error:
         raise CompareError(
-            f"Comparing with diffusers needs it installed ({error}): pip install 'artificial-artist[compare]'."
+            f"This needs diffusers, which cannot be imported ({error}): pip install 'artificial-artist[compare]'."
         ) from None
 
 
@@ -160,14 +161,23 @@ def hub_tensors(model: StableDiffusion) -> dict[str, dict[str, Tensor]]:
     return result
 
 
+def latent_size(model: StableDiffusion) -> int | tuple[int, int]:
+    """The side of the latent of a picture of the size that the model draws by default; else height and width."""
+    height, width = ((side or model.size) // model.vae.config.downsampling
+                     for side in (model.defaults.height, model.defaults.width))  # fmt: skip
+    return height if height == width else (height, width)
+
+
 def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
     """diffusers' UNet2DConditionModel with the same weights; with `assign`, the very same memory."""
     c = model.unet.config
     attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
     with torch.device("meta" if assign else "cpu"):
         unet = diffusers().UNet2DConditionModel(
-            sample_size=model.size // 8,
+            sample_size=latent_size(model),
             in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            transformer_layers_per_block=c.transformer_depth,
             block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
             layers_per_block=c.num_res_blocks,
             cross_attention_dim=c.context_dim,
@@ -186,6 +196,8 @@ def diffusers_vae(model: StableDiffusion) -> Any:
     levels = len(c.ch_mult)
     with torch.device("meta"):
         vae = diffusers().AutoencoderKL(
+            in_channels=c.in_channels,
+            out_channels=c.out_ch,
             block_out_channels=tuple(m * c.ch for m in c.ch_mult),
             layers_per_block=c.num_res_blocks,
             latent_channels=c.z_channels,
@@ -199,45 +211,91 @@ def diffusers_vae(model: StableDiffusion) -> Any:
     return vae.eval()
 
 
-CLASSES: dict[str, tuple[str, dict[str, Any]]] = {  # of each solver, diffusers' class, and what it needs to be told
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+CLASSES = {  # of each solver, diffusers' class
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_sde": "DPMSolverSDEScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "ddpm": "DDPMScheduler",
 }
+COMPARED = [name for name in CLASSES if name != "dpmpp_sde"]  # whose noise is a Brownian tree there
+# What a scheduler_config.json of Stable Diffusion says whatever the class: without it, those that have these settings
+# would clip, end at abar 1, or begin with steps by Runge and Kutta.
+ALWAYS = {"clip_sample": False, "skip_prk_steps": True}
 
 
-def diffusers_scheduler(name: str, schedule: NoiseSchedule = V1, **options: Any) -> Any:
-    """diffusers' scheduler for one of `CLASSES`, for a model that was trained so. Raises CompareError for others.
+def solver_config(solver: Scheduler) -> dict[str, Any]:
+    """A scheduler_config.json for this solver, as plain data; `scheduler_from_config` is the way back.
 
-    options: of diffusers' class; those that it does not have are left out.
+    What has the class's own value is left out, as diffusers' from_config has it: so another class that is made from
+    this config has its own value there.
     """
-    if name not in CLASSES:
-        raise CompareError(f"There is no comparison of the scheduler {name!r}: choose among {', '.join(CLASSES)}.")
-    kind, own = CLASSES[name]
-    made = getattr(diffusers(), kind)
-    wanted = asdict(schedule) | own | options
-    known = inspect.signature(made.__init__).parameters
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return made(**{key: value for key, value in wanted.items() if key in known})
+    if solver.name not in CLASSES:
+        raise CompareError(f"diffusers has no scheduler for {solver.name!r}: choose among {', '.join(CLASSES)}.")
+    apart = ("num_inference_steps", "schedule", "sigma_spacing", "eta")
+    own = {f.name: getattr(solver, f.name) for f in fields(solver) if f.name not in apart}
+    usual = {f.name: f.default for f in fields(solver)}
+    config = asdict(solver.schedule) | ALWAYS | {key: value for key, value in own.items() if value != usual[key]}
+    if spacing := getattr(solver, "sigma_spacing", ""):
+        config[f"use_{spacing}_sigmas"] = True
+    if solver.name == "dpmpp_2m_sde":
+        config["algorithm_type"] = "sde-dpmsolver++"
+    return {"_class_name": CLASSES[solver.name], **config}
 
 
-def diffusers_pipeline(model: StableDiffusion, kind: str, scheduler: Any) -> Any:
-    """One of diffusers' pipelines with the same weights and this scheduler; it takes embeddings in place of texts."""
-    unet, vae = diffusers_unet(model), diffusers_vae(model)
+def diffusers_scheduler(scheduler: str | Scheduler) -> Any:
+    """diffusers' scheduler for one of ours, or for v1's of that name. Raises CompareError where it has none."""
+    solver = make_scheduler(scheduler, 1) if isinstance(scheduler, str) else scheduler
+    config = solver_config(solver)
+    kind = getattr(diffusers(), config["_class_name"])
+    known = inspect.signature(kind.__init__).parameters
+    plain = asdict(V1) | ALWAYS | {key: config[key] for key in ("_class_name", "set_alpha_to_one")}
+    for key, value in config.items():  # where a class has no set_alpha_to_one, that has no effect here either
+        if key not in known and value != plain.get(key):
+            raise CompareError(
+                f"The {kind.__name__} of diffusers has no {key} = {value!r}, which {scheduler_name(solver)} of this "
+                "model needs: choose another scheduler in model.defaults."
+            )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = kind(**{key: value for key, value in config.items() if key in known})
+    except ImportError as error:
+        package = "torchsde" if "torchsde" in str(error) else "scipy"
+        raise CompareError(
+            f"The {kind.__name__} of diffusers needs {package}, which is not installed: pip install {package}."
+        ) from None
+    # As from_config does: kept for other classes that are made from this config.
+    made.register_to_config(**{key: value for key, value in config.items() if key not in known})
+    return made
+
+
+def diffusers_pipeline(model: StableDiffusion, kind: str, scheduler: Any, text: bool = True) -> Any:
+    """One of diffusers' pipelines with the same weights, in the same memory, and this scheduler.
+
+    Without `text`, it takes embeddings in place of texts.
+    """
     with without_notices():
-        pipe = getattr(diffusers(), kind)(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+        pipe = getattr(diffusers(), kind)(
+            vae=diffusers_vae(model),
+            text_encoder=transformers_text(model.text) if text else None,
+            tokenizer=transformers_tokenizer(model.text) if text else None,
+            unet=diffusers_unet(model),
+            scheduler=None,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.register_modules(scheduler=scheduler)  # not before: the pipeline would put 1 for its steps_offset
     return pipe
 
 

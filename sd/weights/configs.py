@@ -111,6 +111,7 @@ _UNET_SIZES = {
     *("attention_head_dim", "num_attention_heads", "norm_num_groups", "transformer_layers_per_block"),
     *("down_block_types", "up_block_types", "sample_size"),
     *("addition_embed_type_num_heads", "upcast_attention"),  # without effect here, or only on rounding
+    "use_linear_projection",  # in place of 1x1 convolutions: the same map, by tensors of another shape
 }
 _VAE_SIZES = {
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),

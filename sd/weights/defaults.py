@@ -133,7 +133,14 @@ def defaults_from_hub(config: Mapping[str, Any], name: str) -> Defaults:
     config = {key: fixed.get(key, value) for key, value in config.items()}
     left_out = config.get("_use_default_values") or ()
     noise = {f.name: config[f.name] for f in fields(NoiseSchedule) if f.name in config and f.name not in left_out}
-    schedule = NoiseSchedule(**noise)
+    return defaults_of(config, NoiseSchedule(**noise), name)
+
+
+def defaults_of(config: Mapping[str, Any], schedule: NoiseSchedule, name: str) -> Defaults:
+    """The defaults of a model with this noise schedule, whose scheduler's config asks for some solver.
+
+    What of the solver is not here leaves v1's, "pndm", with a warning that says what it was.
+    """
 
     def defaults(scheduler: str, options: Mapping[str, Any]) -> Defaults:
         steps = min(STEPS.get(scheduler, 50), schedule.num_train_timesteps - 1)
@@ -150,7 +157,7 @@ def defaults_from_hub(config: Mapping[str, Any], name: str) -> Defaults:
         warnings.warn(
             f"{name} asks for a scheduler that is not here ({error}): it is drawn with {solver}, where no other is "
             "given.",
-            stacklevel=2,
+            stacklevel=3,
         )
         spacing = config.get("timestep_spacing")
         return defaults(solver, {"timestep_spacing": spacing} if spacing in SPACINGS and solver == "ddim" else {})

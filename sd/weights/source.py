@@ -6,7 +6,8 @@ Nothing here reads weights: tensors are names, shapes and a memory map.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from mmap import mmap
 from pathlib import Path
@@ -197,7 +198,7 @@ def read_config_file(folder: Path, name: str, where: str) -> dict[str, Any]:
 
 def read_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """The sizes of the three parts. Raises LoadError for what is no Stable Diffusion v1."""
-    try:
+    with only_v1(name):
         configs = {
             "unet": unet_from_hub(read_config_file(folder, name, "unet/config.json")),
             "vae": vae_from_hub(read_config_file(folder, name, "vae/config.json")),
@@ -207,6 +208,14 @@ def read_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
             check_schedule(read_config_file(folder, name, "scheduler/scheduler_config.json"))
         for part, (kind, _) in PARTS.items():
             config_of(kind, configs[part])
+    return configs
+
+
+@contextmanager
+def only_v1(name: str) -> Iterator[None]:
+    """Within the block, a ValueError about the model called `name` becomes a LoadError, which is a whole sentence."""
+    try:
+        yield
     except LoadError:
         raise
     except (ValueError, TypeError) as error:
@@ -214,7 +223,6 @@ def read_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
             f"{name} is not Stable Diffusion v1, text to image: {error}; give a v1 model, such as "
             "CompVis/stable-diffusion-v1-4."
         ) from None
-    return configs
 
 
 def refuse_other_kinds(found: Source) -> None:
@@ -314,5 +322,5 @@ def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> No
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise LoadError(
                 f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
-                "the file is incomplete or not of Stable Diffusion v1."
+                "it is incomplete or not of Stable Diffusion v1."
             )
