@@ -13,13 +13,13 @@ import torch
 
 import sd
 from sd.compare.drawings import mask_of, picture_of
-from sd.compare.measure import Peak
+from sd.compare.measure import Peak, relative
 from sd.compare.reference import CLASSES, CompareError, diffusers_scheduler
 from sd.schedule import NoiseSchedule
 from sd.scheduler import SCHEDULERS, make_scheduler
 from sd.weights.defaults import Defaults
 from sd.weights.scheduler_config import scheduler_from_config
-from tests.layouts import TEXT, UNET, VAE, make_model, write_hub
+from tests.layouts import TEXT, UNET, make_model, write_hub
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -146,21 +146,31 @@ def test_a_pipeline_out_of_a_folder_is_what_load_makes_of_it(tmp_path, tiny):
     assert np.array_equal(ours(model), theirs(pipe))
 
 
-def test_linear_layers_around_the_transformers_are_views(tmp_path, tiny):
+def test_linear_layers_around_the_transformers_are_views(tmp_path):
     """As SD 2 has them: 1x1 convolutions here, the same numbers in another shape."""
-    pipe = sd.to_diffusers(tiny)
-    config = dict(pipe.unet.config) | {"use_linear_projection": True}
-    unet = diffusers.UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    model = make_model(dtype=torch.float64)
+    pipe = sd.to_diffusers(model)
+    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**config | {"use_linear_projection": True}).eval()
     state = pipe.unet.state_dict()
     unet.load_state_dict({key: state[key].reshape(t.shape) for key, t in unet.state_dict().items()}, assign=True)
+    assert unet.mid_block.attentions[0].proj_in.weight.ndim == 2
     pipe.register_modules(unet=unet)
-    model = sd.from_diffusers(pipe)
+    back = sd.from_diffusers(pipe)
+    assert shared(back, pipe)
     assert shared(model, pipe)
-    assert shared(tiny, pipe)
-    assert np.array_equal(ours(model), ours(tiny))
-    assert np.abs(ours(model).astype(int) - theirs(pipe)).max() <= 1  # there it is another kernel
-    pipe.save_pretrained(tmp_path / "linear")
-    assert np.array_equal(ours(sd.load(tmp_path / "linear")), ours(tiny))
+    arguments = (
+        torch.randn(2, 4, 8, 8, dtype=torch.float64),
+        torch.tensor([981.0, 17.25]),
+        model.encode_prompt(["", "a"]),
+    )
+    with torch.no_grad():
+        assert torch.equal(back.unet(*arguments), model.unet(*arguments))
+        assert relative(back.unet(*arguments), unet(*arguments).sample) < 1e-10
+    pipe.save_pretrained(tmp_path / "linear")  # and a folder of such weights is loaded
+    loaded = sd.load(tmp_path / "linear", dtype=torch.float64)
+    assert all(torch.equal(t, model.unet.state_dict()[name]) for name, t in loaded.unet.state_dict().items())
 
 
 # ---- the same results
@@ -253,6 +263,7 @@ def test_training_there_is_seen_here(model):
     )
     after = theirs(pipe)
     assert shared(model, pipe)
+    assert shared(fast, sd.to_diffusers(fast))
     assert not np.array_equal(after, before)
     assert np.array_equal(ours(model), after)
     assert np.abs(ours(fast).astype(int) - after).max() <= 1  # what it had prepared is made anew
@@ -478,6 +489,7 @@ def flux(pipe):
         (set_config("unet", addition_embed_type="text_time"), r"it holds SDXL weights \(addition_embed_type"),
         (set_config("unet", cross_attention_dim=1024), "it holds SD 2 weights"),
         (set_config("unet", in_channels=8), "it holds InstructPix2Pix weights"),
+        (lambda _: sd.to_diffusers(make_model(unet=replace(UNET, in_channels=5))), "holds 5-channel weights"),
         (set_config("unet", time_cond_proj_dim=16), "its UNet has time_cond_proj_dim = 16"),
         (set_config("unet", attention_head_dim=[5, 10, 20]), "other head counts"),
         (set_config("unet", layers_per_block=2), "UNet: a tensor is missing"),
@@ -503,13 +515,24 @@ def test_what_cannot_be_shared_is_named(pipe, change, message):
     assert len(said) < 500
 
 
+class Compiled(torch.nn.Module):
+    """As torch.compile wraps a module, whose compiler takes seconds to import."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+    def __getattr__(self, name):
+        return getattr(super().__getattr__("_orig_mod"), name) if name != "_orig_mod" else super().__getattr__(name)
+
+
 def test_what_does_no_harm(pipe):
     """A safety checker is left out; a compiled UNet has the same weights; FreeU that is off again is off."""
     unet = pipe.unet
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     pipe.disable_freeu()
     pipe.safety_checker = torch.nn.Identity()
-    pipe.unet = torch.compile(unet)
+    pipe.unet = Compiled(unet)
     assert memory(sd.from_diffusers(pipe).unet) == memory(unet)
 
 
@@ -520,9 +543,15 @@ def test_without_diffusers_it_is_said_what_to_install(tiny, monkeypatch, call):
         call(tiny)
 
 
-def test_the_vae_of_diffusers_has_the_models_scale():
-    model = make_model(vae=replace(VAE, scale_factor=0.5))
+def test_sizes_that_v1_does_not_have():
+    """Every field of the three configs, each with a value of its own."""
+    unet = sd.UNetConfig(4, 4, 48, (1, 2), 1, (2,), 4, 32, transformer_depth=2, num_groups=16)
+    vae = sd.VAEConfig(3, 3, 48, (1, 1, 2), 1, 4, 0.5, num_groups=16)
+    text = replace(TEXT, hidden_size=32, num_attention_heads=2, hidden_act="gelu", layer_norm_eps=1e-4)
+    model = make_model(unet, vae, text, size=32)
     pipe = sd.to_diffusers(model)
     assert pipe.vae.config.scaling_factor == 0.5
     assert np.array_equal(theirs(pipe), ours(model))
-    assert sd.from_diffusers(pipe).vae.config == model.vae.config
+    back = sd.from_diffusers(pipe)
+    assert (back.unet.config, back.vae.config, back.text.config, back.size) == (unet, vae, text, 32)
+    assert np.array_equal(ours(back), ours(model))
