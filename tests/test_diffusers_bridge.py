@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -555,3 +557,17 @@ def test_sizes_that_v1_does_not_have():
     back = sd.from_diffusers(pipe)
     assert (back.unet.config, back.vae.config, back.text.config, back.size) == (unet, vae, text, 32)
     assert np.array_equal(ours(back), ours(model))
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(sd.__file__).parents[1] / "docs/diffusers.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["the same pixels: True", "ddim {'timestep_spacing': 'trailing'}", "True"]
+    assert shared(names["model"], names["painter"])
+    assert not np.array_equal(names["trained"], names["ours"])
+    (drawn,) = sd.SimpleSampler(sd.load("trained.safetensors"))(names["prompt"], seed=7, **names["call"])
+    assert np.array_equal(drawn, names["trained"])

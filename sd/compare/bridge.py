@@ -108,7 +108,7 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
             "text": text_from_hub({**modules["text"].config.to_dict(), "architectures": None}),
         }
         scheduler = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
-        left_out = scheduler.pop("_use_default_values", None) or ()
+        left_out = scheduler.get("_use_default_values", None) or ()
         check_schedule(scheduler)
     check_nothing_beside(name, pipe)
     found = Source(name, "pipeline", {}, [], Path(), configs)
