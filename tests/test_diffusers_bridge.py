@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sd
 from sd.compare.drawings import mask_of, picture_of
@@ -302,6 +303,28 @@ def test_a_copy_by_fast_of_a_file_in_half_precision_is_refused(tmp_path, tiny):
         pytest.skip("here sd.fast reads the weights")
     with pytest.raises(CompareError, match=r"weights in float16 on cpu and in float32 on cpu.*sd\.load returned"):
         sd.to_diffusers(fast)
+
+
+def test_a_lora_goes_over_merged(tmp_path, tiny):
+    """And a scale that is studied here is seen there, for it is merged anew in place."""
+    name, generator = (
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v",
+        torch.Generator().manual_seed(0),
+    )
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 64, generator=generator),
+        f"{name}.lora_up.weight": torch.randn(64, 4, generator=generator),
+    }
+    save_file(tensors, tmp_path / "style.safetensors")
+    model = sd.lora(tiny, tmp_path / "style.safetensors", 0.5)
+    pipe = sd.to_diffusers(model)
+    assert shared(model, pipe)
+    wanted = ours(model)
+    assert not np.array_equal(wanted, ours(tiny))
+    assert np.array_equal(theirs(pipe), wanted)
+    with sd.study.scale(model, "style", 0.0):
+        assert np.array_equal(theirs(pipe), ours(tiny))
+    assert np.array_equal(ours(sd.from_diffusers(pipe)), wanted)
 
 
 # ---- schedulers

@@ -365,6 +365,7 @@ def test_loading_needs_neither_diffusers_nor_transformers(ckpt, tokenizer):
     code = """
 import sys, sd
 sd.load(sys.argv[1], tokenizer=sys.argv[2])
+assert sd.to_diffusers and sd.from_diffusers
 assert not {"diffusers", "transformers"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, ckpt, tokenizer], check=True)
