@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import attention, study
     from .adapt.adapter_facts import lora_info
     from .adapt.adapters import lora
+    from .adapt.own_words import textual_inversion
     from .attention import chunked_attention, use_attention
     from .compare.bridge import from_diffusers, to_diffusers
     from .lean.sampler import LeanSampler
@@ -52,6 +53,7 @@ _HOME = {
     "ParallelSampler": "parallel.sampler",
     "describe": "study.description",
     "fast": "speed.fast_model",
+    "textual_inversion": "adapt.own_words",
     "LoadError": "weights.configs",
     "info": "weights.contents",
     **dict.fromkeys(["NotFiniteError", "SimpleSampler", "Step", "denoise"], "sampler"),
@@ -92,6 +94,7 @@ __all__ = [
     "save",
     "scheduler_from_config",
     "study",
+    "textual_inversion",
     "to_diffusers",
     "use_attention",
 ]

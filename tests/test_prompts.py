@@ -209,7 +209,7 @@ def test_instruments_know_the_words_of_all_chunks(tiny):
         ("(" * 1200 + "a" + ")" * 1200, "comfy", "must not nest more than 100 brackets"),
         ("(" * 8000 + "a", "a1111", "must not nest more than 100 brackets"),
         ("(a:" + "9" * 60 + ")", "a1111", "A weight in the prompt is 1e.60: all must be"),
-        ("a embedding:style", "comfy", "An embedding in the prompt"),
+        ("a embedding:style", "comfy", "there is no such word: give its file"),
         ("a AND b", "a1111", "AND between prompts"),
         ("a <lora:x:0.8>", "a1111", "A network in the prompt"),
         ("word " * 10_000, "a1111", "at most 64 chunks"),

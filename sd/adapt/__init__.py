@@ -1,0 +1,1 @@
+"""What changes or joins a model. Each function returns a model, and leaves the one that it is given as it was."""

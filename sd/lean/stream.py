@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt.adapters import Adapted
+from ..adapt.own_words import LongerEmbedding
 from ..attention import GEGLU, FeedForward
 from ..operations import NormSiLUConvolution, Operations
 from ..weights.unread import Patch
@@ -269,6 +270,10 @@ def streamed_embedding(ops: Streamed, layer: nn.Embedding, ids: Tensor) -> Tenso
     return rows.to(ops.weights.device, ops.weights.dtype)
 
 
+def streamed_longer_embedding(ops: Streamed, layer: LongerEmbedding, ids: Tensor) -> Tensor:
+    return LongerEmbedding.forward(layer, ids.to(layer.weight.device)).to(ops.weights.device, ops.weights.dtype)
+
+
 def streamed_feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tensor:
     """GEGLU and the projection after it, over pieces of the inner width and of the tokens."""
     weights, geglu, out_layer = ops.weights, layer.net[0], layer.net[2]
@@ -300,5 +305,6 @@ Streamed.layers = {
     nn.GroupNorm: streamed_group_norm,
     nn.LayerNorm: streamed_layer_norm,
     nn.Embedding: streamed_embedding,
+    LongerEmbedding: streamed_longer_embedding,
     FeedForward: streamed_feed_forward,
 }

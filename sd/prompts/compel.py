@@ -181,13 +181,14 @@ def compel_chunks(text: str, tokenizer: Tokenizer, inside: int) -> list[Part]:
         if weight < 1 and ids:
             faded.append((len(tokens), len(tokens) + len(ids), math.tan((1 - max(weight, LEAST)) * math.pi / 2)))
         tokens += [(number, weight) for number in ids]
+    more = tokenizer.goes_on([number for number, _ in tokens])
     whole = 1 + sum(strength for *_, strength in faded)
     chunks: list[Part] = []
     start = 0
     while not chunks or start < len(tokens):
         now = tokens[start : start + inside]
         if start + inside < len(tokens):
-            now = now[: _cut(tokenizer.spellings([number for number, _ in now]))]
+            now = now[: _cut(tokenizer.spellings([number for number, _ in now]), more[start : start + inside])]
         end = start + len(now)
         here = [
             # One that goes on in the next chunk hides what fills up this one as well, but for the last of it.
@@ -200,9 +201,10 @@ def compel_chunks(text: str, tokenizer: Tokenizer, inside: int) -> list[Part]:
     return chunks
 
 
-def _cut(spellings: list[str]) -> int:
-    """How many of these tokens stay together, when others follow."""
+def _cut(spellings: list[str], more: list[bool]) -> int:
+    """How many of these tokens stay together, when others follow. more: after which no added word must be cut."""
+    allowed = [(k, spelling) for k, spelling in enumerate(spellings, 1) if not more[k - 1]]
     for pattern in ENDS:
-        if found := [k for k, spelling in enumerate(spellings, 1) if re.fullmatch(pattern, spelling, re.DOTALL)]:
+        if found := [k for k, spelling in allowed if re.fullmatch(pattern, spelling, re.DOTALL)]:
             return found[-1]
-    return len(spellings)
+    return allowed[-1][0]

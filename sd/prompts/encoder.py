@@ -167,7 +167,7 @@ class TextEncoder:
 
     def _warn_of_unknown_words(self, text: str) -> None:
         if self.known_words is not None:
-            words = dict.fromkeys(re.findall("[a-z]+", text.lower()))  # each once, in order
+            words = dict.fromkeys(re.findall("[a-z]+", text.lower().replace("embedding:", "")))  # each once, in order
             unknown = [f'"{word}"' for word in words if word not in self.known_words]
             if unknown:
                 warnings.warn(

@@ -5,7 +5,8 @@
     comfy   the same without [a] and BREAK; a number replaces what is around it (comfy/sd1_clip.py of ComfyUI)
     compel  a++ is 1.21, (a)1.3 as it says: compel.py
 
-A chunk has 75 tokens between its start and its end, filled up with ends. Each is encoded alone.
+A chunk has 75 tokens between its start and its end, filled up with ends. Each is encoded alone. The tokens of an
+added word of several (textual inversion) are never in two chunks.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
     """The chunks of a prompt in a style that has weights; one at least. Raises ValueError, in one sentence."""
     if deepest(text) > MOST_NESTED:
         raise ValueError(f"A prompt must not nest more than {MOST_NESTED} brackets: take some out.")
+    if word := next((group for group in tokenizer.groups(text) if len(group) > INSIDE), None):
+        raise ValueError(
+            f"The word {tokenizer.text_of(word)[:60]!r} has {len(word)} vectors, and a chunk has room for "
+            f"{INSIDE}: leave it out, or take the prompt style plain."
+        )
     if style == "compel":
         chunks = compel_chunks(text, tokenizer, INSIDE)
     else:
@@ -161,16 +167,16 @@ def a1111_chunks(text: str, tokenizer: Tokenizer) -> list[list[Token]]:
             chunks.append(now)
             now, after_comma = [], 0
             continue
-        for number in tokenizer.ids(piece)[1:-1]:
-            if [number] == comma:
+        for group in tokenizer.groups(piece)[1:-1]:
+            if group == comma:
                 after_comma = len(now) + 1
             elif len(now) == INSIDE and after_comma and len(now) - (after_comma - 1) <= BACK:
                 chunks.append(now[:after_comma])
                 now, after_comma = now[after_comma:], 0
-            if len(now) == INSIDE:
+            if len(now) + len(group) > INSIDE:
                 chunks.append(now)
                 now, after_comma = [], 0
-            now.append((number, weight))
+            now += [(number, weight) for number in group]
     return [*chunks, now] if now or not chunks else chunks
 
 
@@ -218,18 +224,45 @@ def _top_level(text: str) -> list[str]:
     return [*parts, now] if now else parts
 
 
+_EMBEDDING = re.compile(r"(?:^|(?<=[ \n]))embedding:(\S+)")
+
+
+def comfy_parts(piece: str, tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """What lies between the embeddings of a piece, and these: groups of tokens. Raises ValueError.
+
+    An added word may be written as embedding:NAME, with or without the ending of its file, as ComfyUI wants it.
+    """
+    parts = []
+    for k, text in enumerate(_EMBEDDING.split(piece)):
+        if k % 2 == 0:
+            parts.append(tokenizer.groups(text)[1:-1])
+            continue
+        name = text.rstrip(",")
+        short = re.sub(r"\.(pt|bin|safetensors)$", "", name)
+        spelled = [f"{mark}{each}" for mark in ("embedding:", "") for each in (name, short)]
+        word = next((found for each in spelled if (found := tokenizer.added(each))), None)
+        if word is None:
+            raise ValueError(
+                f"The prompt has {f'embedding:{name}'[:60]!r}, and there is no such word: give its file with "
+                "sd.textual_inversion (--embedding)."
+            )
+        parts += [[word], tokenizer.groups(text[len(name) :])[1:-1]]
+    return parts
+
+
 def comfy_chunks(text: str, tokenizer: Tokenizer) -> list[list[Token]]:
     """A part of one weight is kept together at the end of a chunk, unless it is long."""
-    if found := re.search(r"\bembedding:\S+", text):
-        raise ValueError(f"An embedding in the prompt is not followed here: take {found.group()[:60]!r} out of it.")
     chunks: list[list[Token]] = []
     now: list[Token] = []
     for piece, weight in parse_comfy(text):
-        tokens = [(number, weight) for number in tokenizer.ids(piece)[1:-1]]
-        large = len(tokens) >= LARGE
-        while len(now) + len(tokens) > INSIDE:
-            room = INSIDE - len(now) if large else 0
-            chunks.append(now + tokens[:room])
-            now, tokens = [], tokens[room:]
-        now += tokens
+        for groups in comfy_parts(piece, tokenizer):
+            size = sum(map(len, groups))
+            large = size >= LARGE
+            for group in groups:
+                wanted = len(group) if large else size
+                if len(now) + wanted > INSIDE:
+                    chunks.append(now)
+                    now = []
+                now += [(number, weight) for number in group]
+                size -= len(group)
     return [*chunks, now]

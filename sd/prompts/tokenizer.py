@@ -7,6 +7,7 @@ built: importing transformers takes seconds, this takes a hundredth of one. A te
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 from ..text import Texts
@@ -52,6 +53,9 @@ def sound_tokenizer(vocab_size: int, texts: Texts) -> Texts:
 class Tokenizer:
     """Of the texts of vocab.json and merges.txt, and of added_tokens.json, the words that it has beside these.
 
+    An added word of several tokens (vectors) has them in a row: "<cat>" stands for "<cat>", "<cat>_1", "<cat>_2", as
+    far as these are added, too. That is how diffusers writes them down (`maybe_convert_prompt`).
+
     It never changes, so several threads may use it.
     """
 
@@ -89,13 +93,34 @@ class Tokenizer:
                 result.add_special_tokens([AddedToken(mark, normalized=False, special=True)])
         self._pipeline = result
         self._added = set(result.get_added_tokens_decoder())
+        self._rows: dict[int, list[int]] = {}  # the first token of an added word -> all of them
+        for content, word in words.items():
+            row = [word["id"]]
+            while more := words.get(f"{content}_{len(row)}"):
+                row.append(more["id"])
+            self._rows[word["id"]] = row
+        self._next = {a: b for row in self._rows.values() for a, b in pairwise(row)}
+        self._names = {result.normalizer.normalize_str(content): word["id"] for content, word in words.items()}
 
     def ids(self, text: str) -> list[int]:
         """START, the tokens of the words, END."""
-        return self._pipeline.encode(text).ids
+        return [number for group in self.groups(text) for number in group]
+
+    def groups(self, text: str) -> list[list[int]]:
+        """The same; the tokens of an added word of several are one group, and every other token is a group alone."""
+        return [self._rows.get(number, [number]) for number in self._pipeline.encode(text).ids]
+
+    def goes_on(self, ids: list[int]) -> list[bool]:
+        """Whether the next of these tokens is one more of the same added word; False for the last."""
+        return [self._next.get(number) == after for number, after in zip(ids, [*ids[1:], -1], strict=False)]
+
+    def added(self, name: str) -> list[int] | None:
+        """The tokens of an added word, written in capitals or not; None where there is no such word."""
+        return self._rows.get(self._names.get(self._pipeline.normalizer.normalize_str(name), -1))
 
     def text_of(self, ids: list[int]) -> str:
         """The text that these tokens stand for, as far as tokens tell: in lower case, with other spaces."""
+        ids = [number for before, number in zip([-1, *ids], ids, strict=False) if self._next.get(before) != number]
         return self._pipeline.decode(ids, skip_special_tokens=False).replace("</w>", " ").strip()
 
     def spellings(self, ids: list[int]) -> list[str]:
@@ -103,5 +128,8 @@ class Tokenizer:
         return [self._pipeline.id_to_token(i) for i in ids]
 
     def ends(self, ids: list[int]) -> list[bool]:
-        """Whether each token is the last one of a word: by its spelling, or as a word that is added."""
-        return [i in self._added or self._pipeline.id_to_token(i).endswith("</w>") for i in ids]
+        """Whether each token is the last one of a word: by its spelling, or as the last of a word that is added."""
+        return [
+            not more and (number in self._added or self._pipeline.id_to_token(number).endswith("</w>"))
+            for number, more in zip(ids, self.goes_on(ids), strict=True)
+        ]

@@ -21,7 +21,7 @@ import stat
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,6 +44,7 @@ _GLOBALS: dict[str, Any] = {
     "collections defaultdict": "dict",
     "torch._utils _rebuild_tensor_v2": "tensor",
     "torch._utils _rebuild_parameter": "parameter",
+    "torch.nn.modules.container ParameterDict": "parameters",
     "torch HalfStorage": torch.float16,
     "torch BFloat16Storage": torch.bfloat16,
     "torch FloatStorage": torch.float32,
@@ -144,6 +145,10 @@ class _Global(NamedTuple):
     name: str
 
 
+class _Parameters(dict[str, Any]):
+    """Stands for torch's ParameterDict: what is among its attributes as `_parameters` is in it."""
+
+
 class _Inert:
     """Stands for an object that is no tensor: it knows nothing and does nothing."""
 
@@ -151,11 +156,12 @@ class _Inert:
 _NOTHING = _Inert()  # one for all of them, however many a file has
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read(path: str | os.PathLike[str], inside: Collection[str] = ()) -> Checkpoint:
     """Open a weight file in milliseconds, whatever its size. Its content, not its suffix, says what it is.
 
-    A .ckpt, .pt, .pth or .bin holds a dict with the tensors under `state_dict`, or the tensors themselves;
-    values that are no tensors are left out. Raises CheckpointError for all that can be wrong with the file.
+    A .ckpt, .pt, .pth or .bin holds a dict with the tensors under `state_dict`, or under one of the keys `inside`, or
+    the tensors themselves; values that are no tensors are left out. Raises CheckpointError for all that can be wrong
+    with the file.
     While its tensors are in use the file may be replaced or deleted, but not shortened in place.
     """
     path = Path(path)
@@ -163,7 +169,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         with _open(path) as file:
             form = _recognise(file.read(512))
             size = os.fstat(file.fileno()).st_size
-            tensors, metadata, mapped = _read_ckpt(file, size) if form == "ckpt" else _read_safetensors(file, size)
+            tensors, metadata, mapped = (
+                _read_ckpt(file, size, inside) if form == "ckpt" else _read_safetensors(file, size)
+            )
         if not tensors:
             raise _Fault("holds no tensors", "give a file that holds weights")
     except _Fault as fault:
@@ -287,11 +295,14 @@ def _read_safetensors(file: _File, size: int) -> tuple[dict[str, torch.Tensor], 
 # ---- torch's zip
 
 
-def _read_ckpt(file: _File, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], mmap.mmap]:
+def _read_ckpt(
+    file: _File, size: int, inside: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], mmap.mmap]:
     try:
         archive = _Archive(file, size)
         found = _unpickle(archive.pickle())
-        state = found.get("state_dict", found) if isinstance(found, dict) else None
+        known = [key for key in ("state_dict", *inside) if key in found] if isinstance(found, dict) else []
+        state = found[known[0]] if known else found
         if not isinstance(state, dict):
             raise _Fault("holds no dict of tensors", _ALONE)
         described = {name: value for name, value in state.items() if isinstance(value, _Tensor)}
@@ -430,8 +441,10 @@ def _unpickle(data: bytes) -> Any:
         elif op in ("REDUCE", "NEWOBJ"):
             args, function = stack.pop(), stack.pop()
             stack.append(_call(function, args))
-        elif op == "BUILD":  # an object's attributes: nothing that is built here has a use for them
-            stack.pop()
+        elif op == "BUILD":  # an object's attributes: nothing else that is built here has a use for them
+            attributes = stack.pop()
+            if isinstance(stack[-1], _Parameters):
+                _extend(stack[-1], [x for pair in attributes["_parameters"].items() for x in pair], dict)
         elif op == "BINPERSID":
             stack.append(_persistent(stack.pop()))
         elif op == "STOP":
@@ -457,6 +470,8 @@ def _call(function: Any, args: Any) -> Any:
         return _NOTHING
     if meaning == "dict" and all(isinstance(arg, _Global) for arg in args):  # defaultdict names what is in it
         return {}
+    if meaning == "parameters" and args == ():
+        return _Parameters()
     if meaning == "tensor" and isinstance(args[0], _Storage):
         return _Tensor(*args[:4])
     if meaning == "parameter" and isinstance(args[0], _Tensor):

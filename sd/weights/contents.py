@@ -11,7 +11,8 @@ from torch import Tensor
 from ..files import printable
 from . import names
 from .configs import PARTS, LoadError
-from .source import METADATA, find, modules, refuse_other_kinds
+from .embeddings import OF_SDXL, bundles_words, holds_words, read_words
+from .source import METADATA, Source, find, modules, refuse_other_kinds
 
 MEANS = {"epsilon": "the noise (epsilon)", "v_prediction": "the velocity (v)", "sample": "the clean latents"}
 
@@ -53,10 +54,15 @@ def info(
             "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ts.values()}),
         }
 
+    kind, words = names.kind_of(prefixed), words_in(found)
+    if only_words := holds_words(found.tensors):
+        of_sdxl = found.tensors.keys() & set(OF_SDXL)
+        kind = f"{'words of SDXL' if of_sdxl else 'words of their own'} (textual inversion)"
     return {
         "source": found.name,
-        "form": found.kind,
-        "kind": names.kind_of(prefixed),
+        "form": "file" if only_words else found.kind,
+        "kind": kind,
+        "words": words,  # of a textual inversion: names, number of vectors, their width
         "total": sums(tensors),
         "parts": {part: sums(ts) | {"config": configs.get(part)} for part, ts in found.parts.items() if ts},
         "ema": any(n.startswith("model_ema.diffusion_model") for n in tensors),
@@ -64,10 +70,21 @@ def info(
         "image_size": found.size,
         "prediction_type": found.defaults.prediction_type if found.defaults else found.prediction_type,
         "defaults": found.defaults.as_dict() if found.defaults else None,
-        "unknown": found.unknown,
+        "unknown": [] if only_words else found.unknown,
         "problem": problem,
         "metadata": {k: v for k, v in found.metadata.items() if k != METADATA},
     }
+
+
+def words_in(found: Source) -> list[dict[str, Any]]:
+    """The words of a textual inversion, as far as they can be read."""
+    if not holds_words(found.tensors) and not bundles_words(found.tensors):
+        return []
+    try:
+        words = read_words(found.weights)
+    except LoadError:
+        return []
+    return [{"names": [w.name, *w.also], "vectors": len(w.vectors), "width": w.vectors.shape[1]} for w in words]
 
 
 def format_info(facts: Mapping[str, Any]) -> str:
@@ -77,6 +94,9 @@ def format_info(facts: Mapping[str, Any]) -> str:
         f"{printable(facts['source'])}: {facts['kind']}, {facts['form']}",
         f"{total['tensors']:,} tensors, {total['bytes'] / 1e6:,.1f} MB, {', '.join(total['dtypes'])}",
     ]
+    for word in facts["words"]:
+        called, count = ", ".join(printable(name, 60) for name in word["names"]), word["vectors"]
+        lines.append(f"a word        {called}: {count} vector{'s' * (count > 1)} of {word['width']} numbers")
     for part, p in facts["parts"].items():
         lines.append(
             f"{names.PARTS[part]:13} {p['parameters']:>13,} parameters in {p['tensors']} tensors, "
@@ -84,10 +104,11 @@ def format_info(facts: Mapping[str, Any]) -> str:
         )
         if p["config"]:
             lines.append("              " + ", ".join(f"{k}={printable(v, 60)}" for k, v in p["config"].items()))
-    lines.append(f"EMA weights   {'yes: --ema takes them' if facts['ema'] else 'no'}")
-    none = "none of its own: CLIP's is looked for when a text is encoded"
-    lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else none}")
-    if usual := facts["defaults"]:
+    if facts["parts"]:
+        lines.append(f"EMA weights   {'yes: --ema takes them' if facts['ema'] else 'no'}")
+        none = "none of its own: CLIP's is looked for when a text is encoded"
+        lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else none}")
+    if facts["parts"] and (usual := facts["defaults"]):
         options = "".join(f", {key}={printable(value, 60)}" for key, value in usual.get("options", {}).items())
         lines.append(
             f"draws with    {usual['scheduler']}{options}, {usual['num_inference_steps']} steps, guidance "

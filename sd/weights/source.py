@@ -21,7 +21,7 @@ from ..schedule import PREDICTIONS
 from ..text import CLIPText, TextConfig, own_names
 from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
-from . import hub, layout, names
+from . import embeddings, hub, layout, names
 from .checkpoint import read
 from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
 from .defaults import Defaults, check_schedule, defaults_from_hub, defaults_of_file, prediction_type
@@ -96,7 +96,7 @@ def find(
 
 
 def find_file(path: Path, name: str) -> Source:
-    file = read(path)
+    file = read(path, embeddings.INSIDE)
     parts, unknown = names.split(file.tensors)
     found = Source(name, "CompVis file", parts, unknown, path, tensors=file.tensors, metadata=file.metadata)
     found.prediction_type = prediction_type(path, file.metadata, file.tensors)
@@ -230,6 +230,11 @@ def refuse_other_kinds(found: Source) -> None:
     tensors = found.tensors or {
         names.PREFIXES[part] + n: t for part, tensors in found.parts.items() for n, t in tensors.items()
     }
+    if found.tensors and embeddings.holds_words(found.tensors):
+        raise LoadError(
+            f"{found.name} holds words of their own (textual inversion) and no model: give it beside a model, with "
+            "sd.textual_inversion (--embedding)."
+        )
     kind = names.kind_of(tensors)
     if kind == "LoRA":
         raise LoadError(f"{found.name} holds a LoRA, not a model: add it to one with sd.lora (--lora).")

@@ -84,8 +84,8 @@ class _Unread:
 
     def shared(self, parameter: nn.Parameter) -> Tensor:
         """`converted`, in the memory of the twin where there is one, so that two parts have one copy of it."""
-        if self.twins and parameter not in self.patches and parameter.data_ptr() in self.pointers:
-            other, twins = self.twins
+        other, twins = self.twins or (self, {})
+        if parameter in twins and parameter not in self.patches and parameter.data_ptr() in self.pointers:
             data = other.ahead(twins[parameter])
             if (data.device, data.dtype) == self.target:
                 return data
@@ -208,11 +208,11 @@ def _unread_kind(kind: type[nn.Module]) -> type[nn.Module]:
     return _KINDS[kind]
 
 
-def sharing(part: Part, patches: Mapping[str, Patch]) -> Part:
+def sharing(part: Part, patches: Mapping[str, Patch], change: Callable[[Part], None] = lambda copied: None) -> Part:
     """A copy of a part, with parameters that lie in the same memory but for those that are to be changed (by name).
 
     It is unread, if the part is, or if there are any changes. When it is read, what it shares with an unread part is
-    read for both of them, once.
+    read for both of them, once. `change` may put other modules into the copy, with parameters of their own.
     """
     with at_rest(part):
         unread, device_and_dtype = _UNREAD.get(part), computes_in(part)
@@ -222,6 +222,7 @@ def sharing(part: Part, patches: Mapping[str, Patch]) -> Part:
             data = patches[name].base if name in patches else p
             own[name] = nn.Parameter(data.detach(), requires_grad=p.requires_grad)
         result = _copy_with(part, own)
+        change(result)
         twins = (unread, {own[name]: p for name, p in parameters.items()}) if unread else None
         if unread or patches:
             begin(result, _Unread(result, device_and_dtype, patches, twins))
@@ -297,9 +298,20 @@ def computes_in(part: nn.Module) -> Target:
 
 
 def tensors_of(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """Of every parameter its name, the tensor as it is now, and the dtype that the part computes with it in."""
+    """Of every parameter its name, the tensor as it is now, and the dtype that the part computes with it in.
+
+    A module that has its one table in `pieces`, parameters with these names, gives it whole, under the first's name.
+    """
     with at_rest(part):  # all of them at one moment
         unread = _UNREAD.get(patch_weights(part))
         for name, parameter in part.named_parameters():
+            owner, _, last = name.rpartition(".")
+            module = part.get_submodule(owner)
+            pieces: tuple[str, ...] = getattr(module, "pieces", ())
+            if last in pieces[1:]:
+                continue
+            tensor = (
+                torch.cat([getattr(module, piece).detach() for piece in pieces]) if pieces else parameter.detach()
+            )
             mapped = unread is not None and parameter.data_ptr() in unread.pointers
-            yield name, parameter.detach(), unread.target[1] if unread and mapped else parameter.dtype
+            yield name, tensor, unread.target[1] if unread and mapped else parameter.dtype
