@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import attention, study
     from .adapt.adapter_facts import lora_info
     from .adapt.adapters import lora
+    from .adapt.other_vae import with_vae
     from .adapt.own_words import textual_inversion
     from .attention import chunked_attention, use_attention
     from .compare.bridge import from_diffusers, to_diffusers
@@ -54,6 +55,7 @@ _HOME = {
     "describe": "study.description",
     "fast": "speed.fast_model",
     "textual_inversion": "adapt.own_words",
+    "with_vae": "adapt.other_vae",
     "LoadError": "weights.configs",
     "info": "weights.contents",
     **dict.fromkeys(["NotFiniteError", "SimpleSampler", "Step", "denoise"], "sampler"),
@@ -97,6 +99,7 @@ __all__ = [
     "textual_inversion",
     "to_diffusers",
     "use_attention",
+    "with_vae",
 ]
 
 

@@ -26,6 +26,7 @@ from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
 from .weights.tokenizer import check_added, find_texts, tokenizer_texts
 from .weights.unread import leave_in_file, tensors_of
+from .weights.vaes import find_vae, put_in
 
 
 def load(
@@ -40,6 +41,7 @@ def load(
     variant: str | None = None,
     ema: bool = False,
     lazy: bool = False,
+    vae: str | os.PathLike[str] | None = None,
 ) -> StableDiffusion:
     """A model from "shapes" (built in), a .ckpt or .safetensors file, a Hub repository, or a folder of its layout.
 
@@ -55,6 +57,7 @@ def load(
     config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}} or the path
                of such a JSON file; fields of UNetConfig, VAEConfig and transformers' CLIPTextConfig
     ema        the EMA weights of a full-EMA checkpoint in place of the others
+    vae        a VAE in place of the source's, which need not have one: as for `sd.with_vae`, but not TAESD
     lazy       no longer matters: weights always stay in the file until someone computes with them
 
     The parts are in eval mode and take gradients. Each is read, moved and converted when it is first called, or
@@ -67,6 +70,8 @@ def load(
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
+    if vae is not None:
+        put_in(found, find_vae(vae, token=token))
     devices = places(device)
     dtypes = {part: dtype or (torch.float32 if d.type == "cpu" else torch.float16) for part, d in devices.items()}
     texts = find_texts(found, tokenizer, token)
@@ -170,6 +175,11 @@ def save(
         raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
     if path.suffix != ".safetensors":
         raise LoadError(f"{path} must end in .safetensors, the form in which models are written.")
+    if not model.vae.draws:
+        raise LoadError(
+            "A model that has TAESD for its VAE cannot be written as a file that other programs read: save it with "
+            "its own VAE."
+        )
     ours = {
         "config": {
             "unet": asdict(model.unet.config),
@@ -202,6 +212,7 @@ def convert(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     variant: str | None = None,
     ema: bool = False,
+    vae: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write any source as a self-contained file; dtype None keeps the source's. See `load` and `save`."""
     check_dtype(dtype)
@@ -211,5 +222,7 @@ def convert(
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
+    if vae is not None:
+        put_in(found, find_vae(vae, token=token))
     model = build(found, read_config(config), tokenizer_texts(found, tokenizer, token))
     save(model, out, dtype, force=force)

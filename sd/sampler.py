@@ -394,7 +394,7 @@ class SimpleSampler:
             drawn = [moments[k][0] + moments[k][1] * noise[i : i + 1] for i, k in enumerate(which)]
             return torch.cat(drawn) * self.model.vae.config.scale_factor
 
-        return begin_from(request, draw, encode, self.model.unet.config.in_channels)
+        return begin_from(request, draw, encode, self.model.unet.config.in_channels, self.model.vae.draws)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(1, 3, H, W) in [-1, 1] -> mean and standard deviation of its latents, for the UNet."""

@@ -200,6 +200,8 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Kingma & Welling 2013 (arXiv:1312.6114) with the networks of ldm; 83,653,863 parameters by default."""
 
+    draws = True  # `encode` draws from a posterior; False of one whose latents are certain
+
     def __init__(self, config: VAEConfig | None = None):
         super().__init__()
         self.config = c = config or VAEConfig()

@@ -183,11 +183,13 @@ def kinds(folder: Path) -> dict[str, Kind]:
     from PIL import Image
 
     import sd
+    from sd.adapt.taesd import TinyVAE
     from sd.cli.settings import drawing_of
     from sd.image import save_png
     from sd.loader import read_config
     from sd.study.traces import Trace
     from sd.text import TextConfig
+    from sd.weights.checkpoint import write_safetensors
     from tests.layouts import compvis_tensors, make_model, tokenizer_files, write_ckpt
 
     unet = sd.UNetConfig(
@@ -238,6 +240,20 @@ def kinds(folder: Path) -> dict[str, Kind]:
         loaded = sd.load(folder / "a.ckpt", config=folder / "config.json", tokenizer=path.parent)
         loaded.encode_prompt(["a red <cat>"])
 
+    words = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 8)}, "name": "cat", "step": 1}
+    torch.save(words, folder / "words.pt")
+    write_safetensors(folder / "words.safetensors", {"emb_params": torch.ones(2, 8)}, {"name": "cat"})
+    write_safetensors(folder / "vae.safetensors", model.vae.state_dict(), {"a": "b"})
+    sizes = sd.VAEConfig(ch=8, ch_mult=(1, 1), num_res_blocks=1, num_groups=1, scale_factor=1.0)
+    write_safetensors(folder / "taesd.safetensors", TinyVAE(sizes, vae).state_dict(), {"a": "b"})
+
+    def join(function: Callable[..., Any]) -> Callable[[Path], None]:
+        def read(path: Path) -> None:
+            sd.info(path)
+            function(model, path)
+
+        return read
+
     sub = folder / "one"
     sub.mkdir()
 
@@ -252,6 +268,12 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "vocab": Kind(of("tokenizer/vocab.json"), json_changed, tokens, "tokenizer/vocab.json"),
         "merges": Kind(of("tokenizer/merges.txt"), bytes_changed, tokens, "tokenizer/merges.txt"),
         "tokenizer": Kind(json.dumps(one).encode(), json_changed, tokens, "one/tokenizer.json"),
+        "words": Kind(of("words.pt"), zip_changed, join(sd.textual_inversion), "style.pt"),
+        "emb_params": Kind(
+            of("words.safetensors"), safetensors_changed, join(sd.textual_inversion), "style.safetensors"
+        ),
+        "vae": Kind(of("vae.safetensors"), safetensors_changed, join(sd.with_vae), "v.safetensors"),
+        "taesd": Kind(of("taesd.safetensors"), safetensors_changed, join(sd.with_vae), "e.safetensors"),
         "trace": Kind(of("trace.safetensors"), safetensors_changed, lambda p: Trace.load(p).norms, "t.safetensors"),
     }
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ DRIVER = """
 import hashlib, json, sys, sd
 from sd.weights.tokenizer import tokenizer_texts
 from sd.weights.source import find
+from sd.weights.vaes import find_vae
 for name, source, options in json.loads(sys.argv[1]):
     try:
         if name == "info":
@@ -37,6 +39,8 @@ for name, source, options in json.loads(sys.argv[1]):
                 model = sd.load(source, **options)
                 model.text.texts  # looked for now
                 unet = model.unet.state_dict()
+            elif name == "vae":
+                unet = find_vae(source, **options).tensors
             else:  # all that concerns the Hub, without the seconds in which transformers is imported
                 found = find(source, **options)
                 unet = found.parts["unet"]
@@ -72,7 +76,8 @@ def hub(tiny, tmp_path_factory):
         for number, half in ((1, tensors[::2]), (2, tensors[1::2])):
             save_file(dict(half), split / f"{where}-{number:05}-of-00002.safetensors")
         (split / f"{where}.safetensors").unlink()
-    folders = {"a/tiny": full, "a/gated": full, "a/sd2": other, "a/loose": loose, "a/split": split}
+    vae = shutil.copytree(full / "vae", folder / "vae")  # at the top, as stabilityai/sd-vae-ft-mse
+    folders = {"a/vae": vae, "a/tiny": full, "a/gated": full, "a/sd2": other, "a/loose": loose, "a/split": split}
     folders[CLIP] = write_tokenizer(folder / "clip")
 
     with serve(folders) as (address, served):
@@ -122,6 +127,22 @@ def test_only_needed_files_are_fetched_and_once(online):
 
 def test_the_tokenizer_of_clip_for_a_file_without(online):
     assert [n for n in online[1] if n.startswith(CLIP)] == [f"{CLIP}/merges.txt", f"{CLIP}/vocab.json"]
+
+
+def test_a_vae_of_a_repository(online, hub):
+    """At the top or in vae/; no other weights are fetched."""
+    paths = [str(Path(hub.folder) / "vae"), "a/vae", "a/tiny"]
+    first, *others = hub(*(["vae", path, {}] for path in paths), cache="vaes")
+    assert len(first) == 64, first
+    assert others == [first, first]
+    weights = "diffusion_pytorch_model.safetensors"
+    assert sorted(hub.fetched) == ["a/tiny/vae/config.json", f"a/tiny/vae/{weights}", "a/vae/config.json",
+                                   f"a/vae/{weights}"]  # fmt: skip
+    *cached, none, variant = hub(["vae", "a/vae", {}], ["vae", "a/loose", {}], ["vae", "a/tiny", {"variant": "fp16"}],
+        cache="vaes", HF_HUB_OFFLINE="1")  # fmt: skip
+    assert cached == [first]
+    assert none.startswith("HubError: a/loose is not in the cache and the Hub cannot be reached")
+    assert "has no weights vae/diffusion_pytorch_model.fp16.safetensors" in variant
 
 
 @pytest.mark.slow

@@ -167,8 +167,15 @@ class Added:
                 f"{shown(base)}, which is there already: leave one of them out."
             )
         content = " ".join(name.split())
-        if content in self.vocabulary:  # of the vocabulary's tokens none has capitals, and to write them is the same
+        if (
+            content in self.vocabulary
+        ):  # longer tokens of a vocabulary have no capitals, and to write them is the same
             content = content.upper()
+        if content in self.vocabulary:
+            raise LoadError(
+                f"{self.path} has the word {shown(name)}, which is a letter or a sign of its own: call it otherwise, "
+                "by word= or by another name of the file."
+            )
         whole = bool(re.search(r"^\w|\w$", content))
         flags = PLAIN | {"normalized": True, "special": False, "single_word": whole}
         for i, row in enumerate(vectors):

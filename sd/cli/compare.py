@@ -10,7 +10,7 @@ from .options import CommandError, Parser, add_source_options, dtype_option, lor
 
 SUMMARY = "compare a model with diffusers, or two sources with each other"
 OF_SOURCES = ("tokenizer", "config", "ema", "revision", "hub_variant")
-AGAINST_DIFFUSERS = ("only", "repeats", "ema")
+AGAINST_DIFFUSERS = ("only", "repeats", "ema", "vae")
 ONLY_ALIKE = ("only", "repeats", "bound")  # of comparisons of what should be alike
 
 

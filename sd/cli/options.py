@@ -183,6 +183,10 @@ SOURCE: dict[str, dict[str, Any]] = {
         "help": "A folder with vocab.json and merges.txt (or tokenizer.json), for a model that has none.",
     },
     "config": {"metavar": "JSON", "help": "A file with sizes that the weights do not tell, such as the head count."},
+    "vae": {
+        "metavar": "VAE",
+        "help": "Another VAE than the model's own, or for a model without one: a file, a folder or a Hub repository.",
+    },
     "ema": {"action": "store_true", "help": "Take the averaged (EMA) weights of a checkpoint that has both kinds."},
 }
 

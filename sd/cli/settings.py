@@ -75,6 +75,7 @@ class Drawing:
     lora: Sequence[Any] | None = None  # `loras.Chosen`, in the order in which they are added
     lora_dir: Sequence[str] | None = None  # folders in which those are looked for that a prompt or a picture names
     lora_hashes: Mapping[str, str] | None = None  # of those that the prompt of a picture names
+    vae: str | None = None
     again: str | None = None  # the picture that the settings come from
     model_hash: str | None = None  # of what drew that picture
     vae_hash: str | None = None
@@ -267,7 +268,8 @@ def load_model(drawing: Drawing) -> StableDiffusion:
     import torch
 
     from ..adapt.adapters import lora
-    from ..loader import check_device, load
+    from ..adapt.other_vae import load_with_vae
+    from ..loader import check_device
     from ..speed.malloc import keep, large_pages
 
     if drawing.simple_on_cpu:  # the textbook, too, is faster for it
@@ -277,8 +279,9 @@ def load_model(drawing: Drawing) -> StableDiffusion:
     check_device(device)
 
     def read() -> StableDiffusion:
-        model = load(
+        model = load_with_vae(
             drawing.model,
+            drawing.vae,
             device=device,
             dtype=getattr(torch, drawing.dtype) if drawing.dtype else None,
             revision=drawing.revision,

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loader import build, check_device, check_dtype, load, read_config
+from ..adapt.other_vae import load_with_vae, with_vae
+from ..adapt.taesd import TinyVAE
+from ..loader import build, check_device, check_dtype, read_config
 from ..model import StableDiffusion
 from ..scheduler import make_scheduler
 from ..vae import VAE
@@ -75,6 +77,8 @@ def make_inputs(model: StableDiffusion, size: int | None, dtype: torch.dtype | N
 
 def vae_blocks(vae: VAE) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Name -> module, of the blocks of the encoder and of the decoder."""
+    if isinstance(vae, TinyVAE):
+        return reference.tiny_blocks(vae)
     encoder: dict[str, nn.Module] = {"quant_conv": vae.quant_conv}
     decoder: dict[str, nn.Module] = {"post_quant_conv": vae.post_quant_conv}
     for side, half, table in (("encoder", vae.encoder, encoder), ("decoder", vae.decoder, decoder)):
@@ -184,7 +188,7 @@ def compare_vae(model: StableDiffusion, inputs: Inputs, bound: float, repeats: i
     vae, theirs = model.vae, reference.diffusers_vae(model)
     latent, scale = inputs.latents[:1, : vae.config.z_channels], vae.config.scale_factor
     calls: tuple[tuple[Callable[[], Tensor], Callable[[], Tensor]], ...] = (
-        (partial(_mean, vae, inputs.image), lambda: theirs.encode(inputs.image).latent_dist.mean),
+        (partial(_mean, vae, inputs.image), lambda: _mean_of(theirs.encode(inputs.image))),
         (partial(vae.decode, latent), lambda: theirs.decode(latent / scale, return_dict=False)[0]),
     )
     counterparts = reference.vae_counterparts(vae, theirs)
@@ -386,6 +390,11 @@ def _mean(vae: VAE, image: Tensor) -> Tensor:
     return vae.moments(image)[0]
 
 
+def _mean_of(encoded: Any) -> Tensor:
+    """Of what diffusers' VAE gives, or its AutoencoderTiny, whose latents are certain."""
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+
+
 # ---- the command
 
 
@@ -402,12 +411,14 @@ def compare_command(
     repeats: int = 1,
     ema: bool = False,
     loras: Sequence[Any] = (),
+    vae: str | None = None,
     **files: Any,
 ) -> Report:
     """What `artist compare` does: two sources, or one source or `random` weights ("full", "small") with diffusers.
 
     loras    files and scales: the source without and with these is compared
     dtype    the name of one; float64 if not given, but float32 for two sources
+    vae      another VAE or TAESD in place of the model's own, as for `sd.with_vae`; not for two sources
     files    tokenizer, config, revision and variant, as of `sd.load`
     """
     check_device(device)
@@ -418,8 +429,9 @@ def compare_command(
         reference.diffusers()  # before gigabytes are read
     if random:
         model = reference.random_model_of(random, computes_in).to(device)
+        model = with_vae(model, vae) if vae else model
     else:
-        model = load(source or "shapes", device=device, dtype=computes_in, ema=ema, **files)
+        model = load_with_vae(source or "shapes", vae, device=device, dtype=computes_in, ema=ema, **files)
     if loras:
         from .adapted import compare_lora  # which takes its inputs from here
 

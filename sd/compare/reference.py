@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapt.taesd import TinyVAE
 from ..attention import SpatialTransformer
 from ..model import StableDiffusion
 from ..prompts.encoder import TextEncoder
@@ -191,7 +192,9 @@ def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
 
 
 def diffusers_vae(model: StableDiffusion) -> Any:
-    """diffusers' AutoencoderKL with the same weights, in the same memory."""
+    """diffusers' AutoencoderKL, or AutoencoderTiny for TAESD, with the same weights, in the same memory."""
+    if isinstance(model.vae, TinyVAE):
+        return diffusers_tiny_vae(model.vae)
     c = model.vae.config
     levels = len(c.ch_mult)
     with torch.device("meta"):
@@ -209,6 +212,24 @@ def diffusers_vae(model: StableDiffusion) -> Any:
         )
     vae.load_state_dict(hub_tensors(model)["vae"], strict=True, assign=True)
     return vae.eval()
+
+
+def diffusers_tiny_vae(vae: TinyVAE) -> Any:
+    """diffusers' AutoencoderTiny. Raises CompareError for TAESD's decoder alone."""
+    c, state = vae.config, vae.state_dict()
+    if not any(name.startswith("encoder.") for name in state):
+        raise CompareError("TAESD's decoder alone cannot be compared: put the file of its encoder beside it.")
+    widths, rest = (c.ch,) * len(c.ch_mult), (c.num_res_blocks,) * (len(c.ch_mult) - 1)
+    with torch.device("meta"):
+        theirs = diffusers().AutoencoderTiny(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=(1, *rest),
+            num_decoder_blocks=(*rest, 1),
+            latent_channels=c.z_channels,
+        )
+    theirs.load_state_dict(state, strict=True, assign=True)
+    return theirs.eval()
 
 
 CLASSES = {  # of each solver, diffusers' class
@@ -347,8 +368,19 @@ def _in_sequence(name: str, block: nn.ModuleList, table: Mapping[str, str], thei
     return run
 
 
+def tiny_blocks(vae: TinyVAE) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Name -> module, of the layers of TAESD's encoder and of its decoder."""
+    encoder, decoder = (
+        {f"{half}.layers.{i}": layer for i, layer in enumerate(vae.get_submodule(f"{half}.layers").children())}
+        for half in ("encoder", "decoder")
+    )
+    return encoder, decoder
+
+
 def vae_counterparts(vae: VAE, theirs: Any) -> dict[str, Callable[..., Tensor]]:
     """Name of each block of our VAE -> diffusers' module for it, which takes the same argument."""
+    if isinstance(vae, TinyVAE):  # which has the Hub's names
+        return {name: theirs.get_submodule(name) for part in tiny_blocks(vae) for name in part}
     last = len(vae.config.ch_mult) - 1
     table = {"quant_conv": theirs.quant_conv, "post_quant_conv": theirs.post_quant_conv}
     for side, levels in (("encoder", theirs.encoder.down_blocks), ("decoder", theirs.decoder.up_blocks)):

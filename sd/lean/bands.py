@@ -340,6 +340,16 @@ class Bands:
         return mean, logvar.clamp(-30.0, 20.0)
 
 
+class Whole:
+    """Called like `Bands`, for a VAE that is small enough to be computed as it is: TAESD."""
+
+    def decode(self, vae: VAE, latent: Tensor) -> Tensor:
+        return vae.decode(latent)
+
+    def encode(self, vae: VAE, image: Tensor) -> tuple[Tensor, Tensor]:
+        return vae.moments(image)
+
+
 def wide(x: Tensor) -> Tensor:
     """In float64, where the device has that: small vectors only."""
     return x.float() if x.device.type == "mps" else x.double()

@@ -46,6 +46,7 @@ class Job:
     streamable: int  # bytes, in that dtype, of the UNet's weights that need a copy before they can be used
     tokens: int = 77  # of a prompt
     adapting: Sequence[Adapting] = (Adapting(), Adapting())  # of the UNet, of the text encoder
+    tiny: bool = False  # the VAE is TAESD, which is not cut
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class MemoryPlan:
             f"UNet   {mb(peaks['UNet'])}  {share:.0%} of its weights kept, the rest in pieces of "
             f"{mb(self.piece * job.itemsize).strip()}"
             + (f", guidance halves {'one after the other' if self.halves else 'together'}" if job.guidance else ""),
-            f"VAE    {mb(peaks['VAE'])}  bands of {mb(self.band * job.itemsize).strip()}, {stored} of "
-            f"{len(self.choices)} blocks keep their inner tensor",
+            f"VAE    {mb(peaks['VAE'])}  "
+            + ("TAESD, whole" if job.tiny else f"bands of {mb(self.band * job.itemsize).strip()}, {stored} of ")
+            + ("" if job.tiny else f"{len(self.choices)} blocks keep their inner tensor"),
             *([f"LoRA   {mb(self.adding(0))}  of the UNet's, beside each piece"] if self.adding(0) else []),
             f"peak   {mb(self.peak)}",
         ]
@@ -247,8 +249,11 @@ def resnets(job: Job) -> Iterator[Stage]:
 
 
 def vae_peak(plan: MemoryPlan) -> int:
-    """The largest of the residual blocks', by what each stores, on top of its bands."""
+    """The largest of the residual blocks', by what each stores, on top of its bands; TAESD's largest block whole."""
     job = plan.job
+    image = 3 * job.height * job.width * (job.batch + 1)
+    if job.tiny:  # of a block: the input, a convolution's result, its ReLU, and the next one's result
+        return job.itemsize * (4 * job.vae.ch * job.height * job.width + image)
     peaks = []
     for stage, choice in zip(resnets(job), plan.choices, strict=True):
         x, out = stage.channels * stage.area, stage.out_channels * stage.area
@@ -262,5 +267,4 @@ def vae_peak(plan: MemoryPlan) -> int:
         peaks.append(max(making, source + hidden, hidden + out) + depth * band + weights)
     first = next(iter(resnets(job)))
     peaks.append(first.channels * first.area * 7 + 2 * first.channels**2)  # the attention in the middle
-    image = 3 * job.height * job.width * (job.batch + 1)
     return job.itemsize * (max(peaks) + image)

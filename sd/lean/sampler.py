@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..adapt.adapters import Adapted
+from ..adapt.taesd import TinyVAE
 from ..attention import BasicTransformerBlock
 from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
@@ -28,7 +29,7 @@ from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
 from ..vae import VAE
 from ..weights.unread import Patch, at_rest, computes_in, patches_of
-from .bands import Bands
+from .bands import Bands, Whole
 from .plan import PROCESS, TEXT_PIECE, Adapting, Job, MemoryPlan, bytes_of, choose_bands, least, plan_memory
 from .stream import Streamed, Weights, streamed_linear, weights_on
 
@@ -70,6 +71,7 @@ class LeanSampler(SimpleSampler):
             PROCESS if model.device.type == "cpu" else 0,
             itemsize * streamable,
             adapting=[cost_of(patches_of(part), itemsize) for part in (model.unet, model.text.model)],
+            tiny=isinstance(model.vae, TinyVAE),
         )
 
     def available(self) -> int:
@@ -147,12 +149,20 @@ class LeanSampler(SimpleSampler):
     @contextmanager
     def vae_by_bands(
         self, height: int, width: int, images: int, *, encode: bool = False
-    ) -> Iterator[tuple[VAE, Bands, tuple[torch.device, torch.dtype]]]:
-        """A VAE whose weights are read as they are needed, the bands that fit, and where and in what it computes."""
+    ) -> Iterator[tuple[VAE, Bands | Whole, tuple[torch.device, torch.dtype]]]:
+        """A VAE whose weights are read as they are needed, the bands that fit, and where and in what it computes.
+
+        TAESD is read and computed whole.
+        """
         trim()
         place = computes_in(self.model.vae)  # may differ from the UNet's
         job = self.job(height, width, images, guidance=False, steps=1)
         plan = least(replace(job, itemsize=place[1].itemsize))
+        if job.tiny:
+            with self.stage("VAE", plan):
+                yield self.model.vae, Whole(), place
+            trim()
+            return
         if not encode:  # the choices of a plan are those of the decoder's blocks
             plan = choose_bands(plan, self.available())
         weights = Weights(place[1], place[0])

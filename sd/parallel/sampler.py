@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..adapt.taesd import TinyVAE
 from ..model import StableDiffusion
 from ..pictures import beside
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
@@ -201,6 +202,8 @@ class ParallelSampler(SimpleSampler):
         vae, (rank, count), size = self.model.vae, world(), latents.shape[2:]
         images = min(self.asked.image if self.asked else count, len(latents))
         team = min((self.asked.size if self.asked else count) // images, size[0])
+        if isinstance(vae, TinyVAE):  # nor is it cut by rows: that would take longer than decoding
+            team = 1
         split = Split(image=images, rows=team)
         place, shares, f = split.place(rank), deal(len(latents), split.image), vae.config.downsampling
         (device, dtype), own = computes_in(vae), None

@@ -38,15 +38,21 @@ class Start:
     beside: Tensor | None = None
 
 
-def begin_from(request: Any, draw: Callable[..., Tensor], encode: Encode, in_channels: int) -> Start:
-    """request: of a sampler. `draw` gives (B, 4, h, w) of unit noise, each image's from its own generator."""
+def begin_from(
+    request: Any, draw: Callable[..., Tensor], encode: Encode, in_channels: int, posterior: bool = True
+) -> Start:
+    """request: of a sampler. `draw` gives (B, 4, h, w) of unit noise, each image's from its own generator.
+
+    posterior: whether the VAE's latents are drawn; if not, nothing is drawn for them, and `encode` is given zeros.
+    """
     pictures: Pictures | None = request.pictures
     scheduler, begin = request.scheduler, request.begin
     told = in_channels > 4
     pure = pictures is None or (pictures.mask is not None and pictures.strength == 1)
     originals = None
     if pictures is not None and not (told and pure):
-        originals = encode(pictures.images, pictures.which, draw())
+        nothing = request.context.new_zeros(len(request.context), 1, 1, 1)
+        originals = encode(pictures.images, pictures.which, draw() if posterior else nothing)
     if originals is not None and pictures is not None and pictures.mask is not None:
         originals = originals.contiguous()  # the layout that diffusers gives them, for convolutions round by it
     noise = draw() if request.latents is None else request.latents
@@ -56,7 +62,9 @@ def begin_from(request: Any, draw: Callable[..., Tensor], encode: Encode, in_cha
         assert originals is not None
         x = scheduler.add_noise(originals, noise, begin)
     masked = pictures is not None and pictures.mask is not None
-    second = draw() if masked or told else None  # diffusers draws it for weights of 4 channels, too
+    second = None
+    if masked or told:
+        second = draw() if posterior else torch.zeros_like(noise)  # diffusers draws for weights of 4 channels, too
     if told:
         assert second is not None
         return Start(x, begin, None, told_beside(pictures, request, second, encode))

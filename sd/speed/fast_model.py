@@ -110,7 +110,7 @@ def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
 
 def at_the_border(part: UNet | VAE) -> None:
     """What leaves a part lies in memory as the textbook's does, and no gradients flow through it."""
-    for module in (part.encoder, part.decoder, part.quant_conv) if isinstance(part, VAE) else (part,):
+    for module in part.children() if isinstance(part, VAE) else (part,):
         module.__dict__["forward"] = partial(contiguous, module.forward)
 
 

@@ -171,7 +171,7 @@ def prepared_conv(layer: nn.Conv2d, pack: bool) -> Callable[..., Tensor]:
     stride, padding = layer.stride[0], layer.padding[0]
     if layer.kernel_size == (1, 1):
         return one_by_one(layer, pack)
-    if (layer.kernel_size, stride, padding) == ((3, 3), 1, 1):
+    if (layer.kernel_size, stride, padding) == ((3, 3), 1, 1) and layer.bias is not None:
         return Conv3x3(layer, pack)
     weight = layer.weight
     return Conv(lambda: weight.detach(), weight, bias=bias_of(layer), stride=stride, padding=int(padding), pack=pack)

@@ -7,6 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from ..adapt.other_vae import latent_of
 from ..model import StableDiffusion
 from ..weights.unread import computes_in
 
@@ -18,9 +19,9 @@ def latent_rgb(model: StableDiffusion) -> Tensor:
     """(5, 3): a row for each channel of the latent and one to add, to the image in [0, 1], an eighth the size.
 
     For Stable Diffusion v1 the matrix that is in use for previews; for another VAE the least squares fit to its
-    encodings of coloured fields.
+    encodings of coloured fields. TAESD's latents are those of the VAE that it stands in for.
     """
-    c = model.vae.config
+    c = latent_of(model.vae)
     if c.scale_factor == V1_SCALE and c.z_channels == 4:
         return torch.cat([torch.tensor(V1_RGB) / 2, torch.full((1, 3), 0.5)])
     vae = model.vae

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..adapt.taesd import TinyVAE
 from ..loader import read_config
 from ..model import StableDiffusion
 from ..text import TextConfig
@@ -29,8 +30,8 @@ from ..weights.source import find, refuse_other_kinds, sizes
 ROWS = {  # the modules that are the lines of a table; between them they hold every parameter
     "text encoder": r"embeddings|encoder\.layers\.\d+|final_layer_norm",
     "UNet": r"time_embed|(input|output)_blocks\.\d+|middle_block|out",
-    "VAE encoder": r"encoder\.(conv_in|down\.\d+|mid|norm_out|conv_out)|quant_conv",
-    "VAE decoder": r"post_quant_conv|decoder\.(conv_in|up\.\d+|mid|norm_out|conv_out)",
+    "VAE encoder": r"encoder\.(layers\.\d+|conv_in|down\.\d+|mid|norm_out|conv_out)|quant_conv",
+    "VAE decoder": r"post_quant_conv|decoder\.(layers\.\d+|conv_in|up\.\d+|mid|norm_out|conv_out)",
 }
 
 
@@ -124,7 +125,8 @@ def describe(
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"), torch.no_grad():
-        unet, vae = UNet(unet_config), VAE(vae_config)
+        tiny = isinstance(source, StableDiffusion) and isinstance(source.vae, TinyVAE)
+        unet, vae = UNet(unet_config), TinyVAE(vae_config, vae_config) if tiny else VAE(vae_config)
         ends = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], text_config.vocab_size - 1)
         text = CLIPTextModel(CLIPTextConfig(**asdict(text_config), **ends))
         latents = torch.empty(1, unet_config.in_channels, height // f, width // f)

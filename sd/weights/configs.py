@@ -60,6 +60,39 @@ def infer_vae(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def infer_hub_vae(tensors: Tensors) -> dict[str, Any]:
+    """The same by the Hub's names."""
+    levels = count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    ch = tensors["encoder.conv_in.weight"].shape[0]
+    widths = [tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)]
+    return {
+        "ch": ch,
+        "ch_mult": tuple(width // ch for width in widths),
+        "num_res_blocks": count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "z_channels": tensors["decoder.conv_in.weight"].shape[1],
+    }
+
+
+def infer_tiny_vae(tensors: Tensors) -> dict[str, Any]:
+    """Fields of VAEConfig for TAESD by its decoder's tensors, which have the names of the Hub's AutoencoderTiny.
+
+    Its latents are scaled as they are. A convolution without bias follows each enlargement, and one residual block
+    the last of them.
+    """
+    first = tensors["decoder.layers.0.weight"]
+    layers = {m[1] for name in tensors if (m := re.match(r"decoder\.layers\.(\d+)\.weight", name))}
+    blocks = {m[1] for name in tensors if (m := re.match(r"decoder\.layers\.(\d+)\.conv\.", name))}
+    levels = len(layers) - 1
+    return {
+        "ch": first.shape[0],
+        "ch_mult": (1,) * levels,
+        "num_res_blocks": (len(blocks) - 1) // (levels - 1),
+        "z_channels": first.shape[1],
+        "scale_factor": 1.0,
+        "num_groups": 1,
+    }
+
+
 def infer_text(tensors: Tensors) -> dict[str, Any]:
     """Fields of TextConfig, with CLIP's rule of 64 channels a head."""
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
@@ -204,6 +237,27 @@ def vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale_factor": config.get("scaling_factor", 0.18215),
         "num_groups": config.get("norm_num_groups", 32),
     }
+
+
+_TINY_OPTIONS: dict[str, Any] = {
+    "act_fn": "relu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+_TINY_SIZES = {
+    *("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels", "latent_channels"),
+    *("num_encoder_blocks", "num_decoder_blocks", "sample_size"),
+    *("latent_magnitude", "latent_shift", "force_upcast"),  # of pictures that hold latents, or without effect here
+}
+
+
+def tiny_vae_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hub AutoencoderTiny's config. Shapes tell its sizes. Raises ValueError naming what TAESD does not do."""
+    _refuse_options(config, _TINY_OPTIONS, _TINY_SIZES, "VAE")
+    return {}
 
 
 def text_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from . import names
 from .configs import PARTS, LoadError
 from .embeddings import OF_SDXL, bundles_words, holds_words, read_words
 from .source import METADATA, Source, find, modules, refuse_other_kinds
+from .vaes import FoundVAE, find_vae
 
 MEANS = {"epsilon": "the noise (epsilon)", "v_prediction": "the velocity (v)", "sample": "the clean latents"}
 
@@ -28,7 +31,10 @@ def info(
 
     `problem` says why `load` refuses it; it is None where `load` takes it (a tokenizer may be missing all the same).
     """
-    found = find(source, revision=revision, variant=variant, token=token, look=True)
+    try:
+        found = find(source, revision=revision, variant=variant, token=token, look=True)
+    except LoadError as error:
+        found = vae_folder(source, error)
     problem = found.problem
     if problem is None:
         try:
@@ -36,6 +42,11 @@ def info(
             modules(found, {})
         except LoadError as error:
             problem = str(error)
+    if holds_words(found.tensors):
+        found.kind, found.unknown = "file", []
+    elif vae := vae_in(found):
+        found.kind, found.unknown = "file", []
+        found.parts, found.configs = of_vae(vae), {"vae": vae.config}
     tensors = found.tensors or {f"{p}.{n}": t for p, ts in found.parts.items() for n, t in ts.items()}
     prefixed = found.tensors or {names.PREFIXES[p] + n: t for p, ts in found.parts.items() for n, t in ts.items()}
     configs = dict(found.configs)
@@ -54,15 +65,11 @@ def info(
             "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ts.values()}),
         }
 
-    kind, words = names.kind_of(prefixed), words_in(found)
-    if only_words := holds_words(found.tensors):
-        of_sdxl = found.tensors.keys() & set(OF_SDXL)
-        kind = f"{'words of SDXL' if of_sdxl else 'words of their own'} (textual inversion)"
     return {
         "source": found.name,
-        "form": "file" if only_words else found.kind,
-        "kind": kind,
-        "words": words,  # of a textual inversion: names, number of vectors, their width
+        "form": found.kind,
+        "kind": kind_told(found, prefixed),
+        "words": words_in(found),  # of a textual inversion: names, number of vectors, their width
         "total": sums(tensors),
         "parts": {part: sums(ts) | {"config": configs.get(part)} for part, ts in found.parts.items() if ts},
         "ema": any(n.startswith("model_ema.diffusion_model") for n in tensors),
@@ -70,10 +77,44 @@ def info(
         "image_size": found.size,
         "prediction_type": found.defaults.prediction_type if found.defaults else found.prediction_type,
         "defaults": found.defaults.as_dict() if found.defaults else None,
-        "unknown": [] if only_words else found.unknown,
+        "unknown": found.unknown,
         "problem": problem,
         "metadata": {k: v for k, v in found.metadata.items() if k != METADATA},
     }
+
+
+def kind_told(found: Source, tensors: Mapping[str, Tensor]) -> str:
+    """A short name for what a source holds, by its tensors under CompVis names."""
+    if holds_words(found.tensors):
+        of_sdxl = found.tensors.keys() & set(OF_SDXL)
+        return f"{'words of SDXL' if of_sdxl else 'words of their own'} (textual inversion)"
+    if not found.parts["unet"] and not found.parts["text"] and found.parts["vae"]:
+        tiny = names.vae_kind(found.parts["vae"]) == "TAESD"
+        return f"{'TAESD, a small VAE' if tiny else 'a VAE'} of Stable Diffusion v1"
+    return names.kind_of(tensors)
+
+
+def vae_in(found: Source) -> FoundVAE | None:
+    """The VAE of a file that holds nothing else, as far as it can be read."""
+    if names.vae_kind(found.tensors):
+        with contextlib.suppress(ValueError, OSError):
+            return find_vae(found.weights)
+    return None
+
+
+def vae_folder(source: Any, problem: LoadError) -> Source:
+    """A folder with a VAE alone, of which no model can be made. Raises the problem for any other source."""
+    try:
+        vae = find_vae(source) if Path(source).is_dir() else None
+    except (ValueError, OSError, TypeError):
+        vae = None
+    if vae is None:
+        raise problem
+    return Source(vae.name, "Hub layout", of_vae(vae), [], vae.weights, {"vae": vae.config}, problem=str(problem))
+
+
+def of_vae(vae: FoundVAE) -> dict[str, dict[str, Tensor]]:
+    return {"unet": {}, "vae": vae.tensors, "text": {}}
 
 
 def words_in(found: Source) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from .layout import (
     local_files,
     local_weights,
     merged,
+    part_files,
     usual,
     variants_of,
     weight_files,
@@ -202,6 +203,17 @@ class Repository:
         else:
             weights = weight_files(self.files, variant, self.name)
             self._fetch([*self._small(), *(file for files in weights.values() for file in files)])
+        return self.folder
+
+    def vae(self, variant: str | None) -> Path:
+        """The folder, with a VAE alone and its config: at the top, or in vae/. Raises HubError."""
+        where = f"{self.name} in the cache" if self.offline else self.name
+        inner = next((f for f in ("", "vae") if f"{f}/config.json".lstrip("/") in self.files), None)
+        if inner is None:
+            hint = f", and {self.offline}" if self.offline else ""
+            raise HubError(f"{where} has no VAE (neither config.json nor vae/config.json){hint}: give another.")
+        files = part_files(self.files, "vae", inner, variant, where)
+        self._fetch([f"{inner}/config.json".lstrip("/"), *files])
         return self.folder
 
     def headers(self, variant: str | None) -> dict[str, dict[str, Tensor]] | None:

@@ -98,17 +98,35 @@ def weight_files(files: Collection[str], variant: str | None, where: str) -> dic
     return chosen
 
 
-def usual(part: str, variant: str = "") -> str:
+def part_files(files: Collection[str], part: str, folder: str, variant: str | None, where: str) -> list[str]:
+    """The files of the weights of one part alone, in a folder, or at the top where that is "". Raises HubError."""
+    choices, incomplete = variants_of(files, part, folder)
+    wanted = variant or ""
+    if wanted in choices:
+        return choices[wanted]
+    if wanted in incomplete:
+        raise HubError(
+            f"{where} lacks {incomplete[wanted]}, one of the files that the weights are split over: add it."
+        )
+    there = ", ".join(sorted(filter(None, choices)))
+    hint = f"its variants are {there}; name one of them" if there else "give another folder or repository"
+    raise HubError(f"{where} has no weights {usual(part, wanted, folder)}: {hint}.")
+
+
+def usual(part: str, variant: str = "", folder: str | None = None) -> str:
     """The file in which most repositories have a part."""
-    return f"{FOLDERS[part]}/{STEMS[part][0]}{'.' + variant if variant else ''}.safetensors"
+    folder = FOLDERS[part] if folder is None else folder
+    return f"{folder}/{STEMS[part][0]}{'.' + variant if variant else ''}.safetensors".lstrip("/")
 
 
-def variants_of(files: Collection[str], part: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+def variants_of(
+    files: Collection[str], part: str, folder: str | None = None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     """For each variant of a part the best files; and for each that is there in part only, a file that it lacks.
 
-    The variant without a name is "".
+    The variant without a name is "". folder: where they are, "" at the top; the part's own if not given.
     """
-    folder = FOLDERS[part] + "/"
+    folder = f"{FOLDERS[part] if folder is None else folder}/".lstrip("/")
     sets: dict[tuple[str, int, int, int], dict[int, str]] = {}  # each is a whole, if no number is missing
     for file in sorted(files):
         match = _WEIGHTS.fullmatch(file.removeprefix(folder)) if file.startswith(folder) else None

@@ -56,6 +56,12 @@ class WeightFiles:
             self._digests[path] = digest.hexdigest()
         return self._digests[path]
 
+    def with_part(self, part: str, maps: Sequence[tuple[Path, mmap]]) -> WeightFiles:
+        """These files, but those of a part are others."""
+        result = self.and_maps_of(WeightFiles(maps=maps))
+        result._parts = self._parts | {part: [path for path, _ in maps]}
+        return result
+
     def and_maps_of(self, other: WeightFiles) -> WeightFiles:
         """These files, and to be checked beside them the maps of others."""
         result = copy.copy(self)

@@ -199,6 +199,39 @@ MARKS = {  # a tensor of each part that other models have not
 CHANNELS = {8: "InstructPix2Pix"}  # that go into the UNet, where a model of ours takes 4, or 9 for inpainting
 
 
+RAW_TAESD = re.compile(r"(?P<layer>\d+)\.(?P<rest>(conv\.\d+\.)?(weight|bias))")
+_HUB_VAE = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.")
+_HUB_TAESD = re.compile(r"(encoder|decoder)\.layers\.\d+\.(conv\.\d+\.)?(weight|bias)")
+
+
+def vae_kind(tensors: Iterable[str]) -> str:
+    """What VAE a file holds that holds nothing else: "TAESD", "Hub" or "CompVis", whose names they are; or ""."""
+    kept = [name for name in tensors if not KNOWN_EXTRAS.fullmatch(name)]
+    if not kept:
+        return ""
+    for pattern in (RAW_TAESD, _HUB_TAESD):
+        if all(pattern.fullmatch(name) for name in kept):
+            return "TAESD"
+    if all(_place(name)[0] == "vae" for name in kept):
+        return "Hub" if any(map(_HUB_VAE.match, kept)) else "CompVis"
+    return ""
+
+
+def half_of_taesd(tensors: Iterable[str]) -> str:
+    """Which half a file of TAESD's own is: the first layer of the decoder has no weights."""
+    return "encoder" if "0.weight" in tensors else "decoder"
+
+
+def from_taesd(tensors: Tensors, half: str) -> dict[str, Tensor]:
+    """The tensors of a file of TAESD's own by the names of the Hub; what has another name keeps it."""
+    result = {}
+    for name, tensor in tensors.items():
+        match = RAW_TAESD.fullmatch(name)
+        number = int(match["layer"][:9]) - (half == "decoder") if match else 0
+        result[f"{half}.layers.{number}.{match['rest']}" if match else name] = tensor
+    return result
+
+
 def kind_of(tensors: Tensors) -> str:
     """A short name for what a file holds: "Stable Diffusion v1", or which other thing."""
     names = tensors.keys()

@@ -28,6 +28,10 @@ from .defaults import Defaults, check_schedule, defaults_from_hub, defaults_of_f
 from .tokenizer import ADDED, read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
+EXPECTED = (
+    "give a .ckpt or .safetensors file, a folder of the Hub's layout, a repository such as "
+    'CompVis/stable-diffusion-v1-4, or "shapes", the built-in model'
+)
 METADATA = "sd"  # the header entry of a self-contained file: JSON with config, tokenizer and more
 
 
@@ -66,33 +70,40 @@ def find(
     With `look`, the weights of a repository are not downloaded (only .safetensors headers are), and a folder
     that `load` refuses is described, with the reason as `problem`.
     """
-    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
-        raise LoadError(f"A source is a path, a repository's name or 'shapes', not {source!r}.")
-    if source == "shapes":
+    if isinstance(source, str) and source == "shapes":
         if not BUILT_IN.exists():
             raise LoadError(f"The built-in model is missing ({BUILT_IN.name}): install the package again.")
         return find_file(BUILT_IN, "shapes")
     hub.check_names(revision, variant, token)
-    path = Path(os.path.expanduser(source))
-    text = os.fspath(source)
-    if text and path.is_dir():  # Path("") is the folder here
-        return find_folder(hub.snapshot_in(path, revision), text, variant, look)
-    if text and path.exists():
-        return find_file(path, path.name)
-    looks_like_file = path.suffix.lower() in {".ckpt", ".safetensors", ".pt", ".pth", ".bin"}
-    if not looks_like_file and hub.is_repository(text):
-        repository = hub.Repository(text, revision=revision, token=token)
+    place = place_of(source, revision, EXPECTED)
+    if isinstance(place, str):
+        repository = hub.Repository(place, revision=revision, token=token)
         folder = repository.small_files()
         if not look:
-            read_configs(folder, text)  # refuses other models before their gigabytes come
+            read_configs(folder, place)  # refuses other models before their gigabytes come
         elif headers := repository.headers(variant):
-            return describe_folder(folder, text, headers, folder, look)
-        return find_folder(repository.all_files(variant), text, variant, look)
+            return describe_folder(folder, place, headers, folder, look)
+        return find_folder(repository.all_files(variant), place, variant, look)
+    return find_folder(place, os.fspath(source), variant, look) if place.is_dir() else find_file(place, place.name)
+
+
+def place_of(source: str | os.PathLike[str], revision: str | None, expected: str) -> Path | str:
+    """The file or the folder at a source, or the name of a repository. Raises LoadError, which says what is expected.
+
+    A folder of the Hub's cache stands for the snapshot of a revision in it.
+    """
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
+        raise LoadError(f"A source is a path or a repository's name, not {source!r}: {expected}.")
+    path, text = Path(os.path.expanduser(source)), os.fspath(source)
+    if text and path.is_dir():  # Path("") is the folder here
+        return hub.snapshot_in(path, revision)
+    if text and path.exists():
+        return path
+    looks_like_file = path.suffix.lower() in {".ckpt", ".safetensors", ".pt", ".pth", ".bin"}
+    if not looks_like_file and hub.is_repository(text):
+        return text
     shown = text if text and text.isprintable() else repr(text)
-    raise LoadError(
-        f"There is no file or folder {shown}: give a .ckpt or .safetensors file, a folder of the Hub's "
-        'layout, a repository such as CompVis/stable-diffusion-v1-4, or "shapes", the built-in model.'
-    )
+    raise LoadError(f"There is no file or folder {shown}: {expected}.")
 
 
 def find_file(path: Path, name: str) -> Source:
@@ -135,6 +146,10 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
     """A folder of the Hub's layout; tensors get their CompVis names here."""
     if not (folder / "unet/config.json").is_file():
         layout.check_links(folder, ["unet/config.json"], name)
+        for where in ("config.json", "vae/config.json"):
+            kind = read_config_file(folder, name, where).get("_class_name") if (folder / where).is_file() else None
+            if kind in ("AutoencoderKL", "AutoencoderTiny"):
+                raise vae_alone(name, kind)
         files = sorted(p.name for p in folder.iterdir() if p.suffix in {".ckpt", ".safetensors"})
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
@@ -225,6 +240,11 @@ def only_v1(name: str) -> Iterator[None]:
         ) from None
 
 
+def vae_alone(name: str, kind: str) -> LoadError:
+    what = "TAESD, a small VAE" if kind in ("TAESD", "AutoencoderTiny") else "a VAE"
+    return LoadError(f"{name} holds {what} and no model: give it beside a model, with sd.with_vae (--vae).")
+
+
 def refuse_other_kinds(found: Source) -> None:
     """Raise LoadError for weights of another model, by its name."""
     tensors = found.tensors or {
@@ -235,6 +255,8 @@ def refuse_other_kinds(found: Source) -> None:
             f"{found.name} holds words of their own (textual inversion) and no model: give it beside a model, with "
             "sd.textual_inversion (--embedding)."
         )
+    if kind := names.vae_kind(tensors):
+        raise vae_alone(found.name, kind)
     kind = names.kind_of(tensors)
     if kind == "LoRA":
         raise LoadError(f"{found.name} holds a LoRA, not a model: add it to one with sd.lora (--lora).")
@@ -275,9 +297,12 @@ def sizes(found: Source, config: Mapping[str, Any]) -> tuple[UNetConfig, VAEConf
     result = []
     for part, (kind, infer) in PARTS.items():
         if not found.parts[part]:
+            remedy = "give the full checkpoint or the repository"
+            if part == "vae" and found.parts["text"]:
+                remedy += ", or give a VAE as vae= (--vae)"
             raise LoadError(
                 f"{found.name} has no {names.PARTS[part]}: a model needs all three parts (UNet, VAE, text "
-                "encoder) in one file; give the full checkpoint or the repository."
+                f"encoder) in one file; {remedy}."
             )
         settings = found.configs.get(part)
         if settings is None:
@@ -301,7 +326,7 @@ def modules(found: Source, config: Mapping[str, Any]) -> tuple[UNet, VAE, CLIPTe
     with torch.device("meta"):
         unet, vae, text = UNet(unet_config), VAE(vae_config), CLIPText(text_config)
     for part, module in (("unet", unet), ("vae", vae), ("text", text)):
-        check(found, part, shapes_of(module))
+        check_tensors(found.name, names.PARTS[part], found.parts[part], shapes_of(module))
     return unet, vae, text
 
 
@@ -309,9 +334,8 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(name: str, part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise LoadError unless a part has just these tensors in these shapes; the message names some that differ."""
-    tensors = found.parts[part]
     wrong = {
         "is missing": [name for name in shapes if name not in tensors],
         "is surplus": [name for name in tensors if name not in shapes],
@@ -326,6 +350,6 @@ def check(found: Source, part: str, shapes: Mapping[str, tuple[int, ...]]) -> No
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise LoadError(
-                f"{found.name}, {names.PARTS[part]}: a tensor {what} ({', '.join(bad[:3])}{more}); "
+                f"{name}, {part}: a tensor {what} ({', '.join(bad[:3])}{more}); "
                 "it is incomplete or not of Stable Diffusion v1."
             )
