@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from .options import (
     whole,
 )
 from .output import picture_paths, save_result
+from .preview import Previews, check_previews
 from .settings import (
     Drawing,
     differences,
@@ -46,8 +47,15 @@ if TYPE_CHECKING:
 
     from ..sampler import SimpleSampler
 
-VARIANTS = {"memory": ("lean",), "plan": ("lean", "parallel"), "exact": ("simple",), "ranks": ("parallel",),
-            "split": ("parallel",), "threads": ("simple", "lean")}  # fmt: skip  # options that only work with some
+VARIANTS = {  # options that only work with some
+    "memory": ("lean",),
+    "plan": ("lean", "parallel"),
+    "exact": ("simple",),
+    "ranks": ("parallel",),
+    "split": ("parallel",),
+    "threads": ("simple", "lean"),
+    "preview_vae": ("simple", "parallel"),  # the plan of lean does not count its memory
+}
 
 
 def parser() -> Parser:
@@ -72,6 +80,11 @@ def parser() -> Parser:
     add("--count", type=whole(1, 10_000), metavar="N", help="How many pictures to draw. Default: 1.")
     add("--hires", type=number, metavar="N", help="Draw the picture, then enlarge it so many times, above 1 to 8, "
         "and draw it once more from that.")  # fmt: skip
+    add("--preview", type=whole(1, 1000), metavar="N", help="Show what is being drawn: a rough picture beside the "
+        "output, NAME-preview.png, written anew every N steps and removed at the end. It stays where the drawing is "
+        "stopped.")  # fmt: skip
+    add("--preview-vae", metavar="FILE", help="Draw the previews with this VAE, such as TAESD, in place of rough "
+        "colours.")  # fmt: skip
     add("--again", metavar="PNG", help="Draw a picture that artist drew before; other options change it.")
     add = result.add_argument_group("how the work is done").add_argument
     add("--variant", type=one_of("simple", "lean", "parallel"), metavar="NAME", help="simple; lean, which takes "
@@ -107,6 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     numbered = False
     if leads and not drawing.plan:  # before any work is done
         paths, numbered = picture_paths(drawing.output, drawing.count, force=drawing.force)
+        check_previews(drawing, paths)
     try:
         if drawing.ranks and drawing.ranks > 1 and not launch.is_rank() and not drawing.plan:
             launch.start_ranks(arguments, drawing.ranks, drawing.seed)
@@ -129,11 +143,13 @@ def carry_out(
         if leads:
             print(text)
         return
-    for drawn in pictures(sampler, drawing, show=leads and not drawing.quiet):
+    previews = Previews(drawing, sampler.model, paths)
+    for drawn in pictures(sampler, drawing, previews, show=leads and not drawing.quiet):
         if leads:
             hashes = hashes or hashes_of(sampler.model)  # not before the first step: gigabytes are read for them
             drawn = replace(drawn, settings=drawn.settings | hashes)
             write(drawn, paths[drawn.number], force=drawing.force, numbered=numbered)
+            previews.remove(drawn.number)
 
 
 # ---- what is drawn, and where it goes
@@ -146,6 +162,7 @@ def settle(given: Mapping[str, Any]) -> Drawing:
         launch.check_environment()
     for option, variants in VARIANTS.items():
         if option in given and drawing.variant not in variants:
+            option = option.replace("_", "-")
             known = f"--{option} only works with --variant {' or '.join(variants)}"
             if "variant" in given:
                 raise CommandError(f"{known}, and you asked for --variant {drawing.variant}: leave one of them out.")
@@ -215,7 +232,9 @@ class Drawn:
     seconds: float  # for this picture, and those that were drawn together with it
 
 
-def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterator[Drawn]:
+def pictures(
+    sampler: SimpleSampler, drawing: Drawing, previews: Previews | None = None, *, show: bool
+) -> Iterator[Drawn]:
     """Draw the pictures one by one, or as many at a time as ranks share among them."""
     from tqdm import tqdm
 
@@ -233,10 +252,11 @@ def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterato
 
             first = size_of_drawing(sampler.model, drawing)
             enlarged_size(*first, drawing.hires)  # too large a picture is named before anything is drawn
-        images, request = draw_once(sampler, call, partial(bar, desc=f"drawing{numbers}"))
+        watch = partial(previews.show, first=done) if previews else None
+        images, request = draw_once(sampler, call, partial(bar, desc=f"drawing{numbers}"), watch)
         if drawing.hires:
             again = call | from_enlarged(images, drawing.hires)
-            images, _ = draw_once(sampler, again, partial(bar, desc=f"enlarged{numbers}"))
+            images, _ = draw_once(sampler, again, partial(bar, desc=f"enlarged{numbers}"), watch)
         seconds = time.perf_counter() - start
         for i, image in enumerate(images):
             settings = settings_used(drawing, sampler.model, request) | {"seed": seed + i}
@@ -244,12 +264,17 @@ def pictures(sampler: SimpleSampler, drawing: Drawing, *, show: bool) -> Iterato
         done += n
 
 
-def draw_once(sampler: SimpleSampler, call: dict[str, Any], bar: Any) -> tuple[list[Image], Any]:
-    """The pictures of a call, and its request; `bar` is tqdm."""
+def draw_once(
+    sampler: SimpleSampler, call: dict[str, Any], bar: Any, watch: Callable[[Any, int], None] | None
+) -> tuple[list[Image], Any]:
+    """The pictures of a call, and its request; `bar` is tqdm; `watch` is told of every step, and of their number."""
     request = sampler.request(**call)
     if make_plan := getattr(sampler, "make_plan", None):
         make_plan(request)  # too little memory is said before a bar is shown
-    for step in bar(sampler.run(request), total=len(request.timesteps)):
+    steps = len(request.timesteps)
+    for step in bar(sampler.run(request), total=steps):
+        if watch is not None:
+            watch(step, steps)
         latents = step.latents
     images = sampler.finish(latents, request)
     assert isinstance(images, list)

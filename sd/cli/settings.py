@@ -92,6 +92,8 @@ class Drawing:
     device: str | None = None
     dtype: str | None = None
     plan: bool = False
+    preview: int | None = None
+    preview_vae: str | None = None
     # How many, and where they go.
     count: int = 1
     output: str | None = None
@@ -127,6 +129,8 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if settings.get("seed") == RANDOM:
         settings["seed"] = random_seed()
     drawing = Drawing(**settings)
+    if drawing.preview_vae and not drawing.preview:
+        raise CommandError("--preview-vae is about previews, and there are none: ask for them with --preview N.")
     hint_at_styles(drawing)
     last = drawing.seed + drawing.count - 1
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
