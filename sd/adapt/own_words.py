@@ -45,9 +45,13 @@ class LongerEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., C)"""
+        return self.rows(ids, self.weight.dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same in another dtype than the table's."""
         known = len(self.weight)
-        rows = F.embedding(ids.clamp(max=known - 1), self.weight)
-        more = F.embedding((ids - known).clamp(min=0), self.more)
+        rows = F.embedding(ids.clamp(max=known - 1), self.weight).to(dtype)
+        more = F.embedding((ids - known).clamp(min=0), self.more).to(dtype)
         return torch.where((ids < known)[..., None], rows, more)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

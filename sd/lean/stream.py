@@ -271,7 +271,7 @@ def streamed_embedding(ops: Streamed, layer: nn.Embedding, ids: Tensor) -> Tenso
 
 
 def streamed_longer_embedding(ops: Streamed, layer: LongerEmbedding, ids: Tensor) -> Tensor:
-    return LongerEmbedding.forward(layer, ids.to(layer.weight.device)).to(ops.weights.device, ops.weights.dtype)
+    return layer.rows(ids.to(layer.weight.device), ops.weights.dtype).to(ops.weights.device)
 
 
 def streamed_feed_forward(ops: Streamed, layer: FeedForward, x: Tensor) -> Tensor:

@@ -106,4 +106,4 @@ def sound(path: str | os.PathLike[str], word: str, tensor: Tensor) -> Tensor:
         raise LoadError(
             f"{path} has NaN or infinity in the vectors of {shown(word)}: it is damaged; give another file."
         )
-    return vectors
+    return vectors.float() if vectors.dtype.itemsize == 1 else vectors  # float8 does not mix with others

@@ -58,6 +58,7 @@ _REVISION = re.compile(r"\w[\w.+@=#,-]*(?:/\w[\w.+@=#,-]*)*")  # fewer than git 
 _VARIANT = re.compile(r"\w[\w-]*(?:\.[\w-]+)*", re.ASCII)
 _ETAG = re.compile(r"\w[\w.+=-]{0,199}", re.ASCII)  # becomes the name of a file in the cache
 _KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KINDS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _KINDS |= {"I64": torch.int64, "I32": torch.int32}
 
 

@@ -199,6 +199,14 @@ MARKS = {  # a tensor of each part that other models have not
 CHANNELS = {8: "InstructPix2Pix"}  # that go into the UNet, where a model of ours takes 4, or 9 for inpainting
 
 
+SCALES = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)")
+
+
+def scaled(tensors: Iterable[str]) -> str | None:
+    """A tensor by which weights in float8 are to be multiplied, or that says so, if there is one."""
+    return next((name for name in tensors if SCALES.fullmatch(name)), None)
+
+
 RAW_TAESD = re.compile(r"(?P<layer>\d+)\.(?P<rest>(conv\.\d+\.)?(weight|bias))")
 _HUB_VAE = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.")
 _HUB_TAESD = re.compile(r"(encoder|decoder)\.layers\.\d+\.(conv\.\d+\.)?(weight|bias)")

@@ -255,6 +255,11 @@ def refuse_other_kinds(found: Source) -> None:
             f"{found.name} holds words of their own (textual inversion) and no model: give it beside a model, with "
             "sd.textual_inversion (--embedding)."
         )
+    if scale := names.scaled(tensors):
+        raise LoadError(
+            f"{found.name} holds weights in float8 that are to be multiplied by scales ({scale}), which are not "
+            "read: give them in float16, or in plain float8."
+        )
     if kind := names.vae_kind(tensors):
         raise vae_alone(found.name, kind)
     kind = names.kind_of(tensors)

@@ -310,8 +310,9 @@ def tensors_of(part: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
             pieces: tuple[str, ...] = getattr(module, "pieces", ())
             if last in pieces[1:]:
                 continue
-            tensor = (
-                torch.cat([getattr(module, piece).detach() for piece in pieces]) if pieces else parameter.detach()
-            )
+            tensor = parameter.detach()
+            if pieces:
+                parts = [getattr(module, piece).detach() for piece in pieces]  # float8 does not mix with others
+                tensor = torch.cat([part.float() if part.dtype.itemsize == 1 else part for part in parts])
             mapped = unread is not None and parameter.data_ptr() in unread.pointers
             yield name, tensor, unread.target[1] if unread and mapped else parameter.dtype
