@@ -66,12 +66,15 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": settings["model_hash"],
         "Model": Path(model).stem if model.endswith(("ckpt", "safetensors")) else model,
+        "VAE hash": settings.get("vae_hash") if settings.get("vae") else None,
+        "VAE": PureWindowsPath(settings["vae"]).name if settings.get("vae") else None,
         "Denoising strength": settings.get("hires_strength") or settings.get("strength"),
         "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,  # as they count
         "RNG": "NV" if settings.get("rng") == "cuda" else "CPU",  # without it they would take a GPU's
         "Hires upscale": settings.get("hires"),
         "Hires upscaler": "Lanczos" if settings.get("hires") else None,
         "Eta DDIM": settings.get("eta") or None,
+        "TI hashes": ", ".join(words_used(settings)) or None,
     }
     loras = [(Path(entry["file"]).stem, entry) for entry in settings.get("lora") or ()]
     if loras:  # as their prompts name them
@@ -87,6 +90,12 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
 def lora_scale(scale: float | Mapping[str, float]) -> str:
     """As AUTOMATIC1111 writes it: of both parts, or of the text encoder and of the UNet."""
     return f"{scale['text']:g}:{scale['unet']:g}" if isinstance(scale, dict) else f"{scale:g}"
+
+
+def words_used(settings: Mapping[str, Any]) -> list[str]:
+    """Of each embedding the name of its file, which is a word in AUTOMATIC1111, and its digest."""
+    pairs = zip(settings.get("embedding") or (), settings.get("embedding_digest") or (), strict=False)
+    return [f"{PureWindowsPath(file).stem}: {digest}" for file, digest in pairs if digest]
 
 
 SAMPLERS = {  # AUTOMATIC1111's names

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
@@ -332,12 +333,15 @@ EVERY = {  # what is drawn -> what has to be given again, because a picture does
     ("--image", "w.png", "--extend", "right=8,top=16", "--model", "m.safetensors"): ["--image", "w.png"],
     ("--hires", "1.5", "--scheduler", "unipc", "--threads", "1", *FROM_FILE): [],
     ("--lora", "style.safetensors:0.5", "--lora-dir", ".", *FROM_FILE): [],
+    ("--embedding", "cat.bin", "--vae", "v.safetensors", *FROM_FILE): [],
     ("--ema", "--config", "c.json", *FULL): ["--tokenizer", "words"],
     ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"):
      ["--device", "cpu"],
 }  # fmt: skip
-ELSEWHERE = {"--again", "--revision"}  # of the Hub: it is named by tests/test_hub.py's own
+ELSEWHERE = {"--again", "--embedding-dir"}  # in tests/test_given_parts.py
+ELSEWHERE |= {"--revision"}  # of the Hub: it is named by tests/test_hub.py's own
 NOT_OF_THE_PICTURE = {"--output", "--force", "--quiet", "--plan", "--variant", "--memory", "--ranks", "--split"}
+NOT_OF_THE_PICTURE |= {"--preview", "--preview-vae"}
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +352,8 @@ def models(tiny, tmp_path_factory):
     write_ckpt(path / "full.ckpt", compvis_tensors(tiny) | ema_tensors(tiny))
     write_tokenizer(path / "words")
     write_lora(path / "style.safetensors", lora_tensors(tiny, list(attention_of(tiny)))[0])
+    torch.save({"star": torch.ones(2, 64)}, path / "cat.bin")
+    save_file({name: 1.1 * t for name, t in tiny.vae.state_dict().items()}, path / "v.safetensors")
     (path / "c.json").write_text(json.dumps({"unet": {"num_heads": 4}}))
     hub = write_hub(path / "hub", tiny)
     for file in [*hub.glob("*/*.safetensors")]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..vae import VAE, VAEConfig
-from ..weights.source import check_tensors, shapes_of
+from ..weights.source import check_fit, shapes_of
 from ..weights.vaes import FoundVAE, check_latent
 
 
@@ -101,6 +101,6 @@ def tiny_vae_of(found: FoundVAE, like: VAEConfig) -> TinyVAE:
     encoder = any(name.startswith("encoder.") for name in found.tensors)
     with torch.device("meta"):
         vae = TinyVAE(config, like, encoder)
-    check_tensors(found.name, "TAESD", found.tensors, shapes_of(vae))
+    check_fit(found.name, "TAESD", found.tensors, shapes_of(vae))
     vae.load_state_dict(found.tensors, strict=True, assign=True)
     return vae.eval()

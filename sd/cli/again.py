@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import PureWindowsPath
 from typing import Any
 
 from ..files import from_root, printable
-from . import given_pictures, loras
+from . import given_parts, given_pictures, loras
 from .foreign import read_foreign
 from .options import DTYPES, LAST_SEED, STYLES, CommandError
 
@@ -71,6 +70,10 @@ def plain_options(value: Any) -> bool:
     )
 
 
+def several(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= 100 and all(map(sound, value))
+
+
 RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of how it was drawn
     "prompt": text,
     "negative_prompt": text,
@@ -104,6 +107,9 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "hires": real(1, 8),
     "image_digest": hexadecimal,
     "mask_digest": hexadecimal,
+    "embedding": several(name),
+    "embedding_digest": several(lambda value: value is None or hexadecimal(value)),
+    "vae": name,
     "config": lambda value: isinstance(value, dict) and all(isinstance(part, dict) for part in value.values()),
     "model_hash": hexadecimal,  # of the file, or that of the UNet
     "vae_hash": hexadecimal,  # of its file in a folder
@@ -128,10 +134,10 @@ def recorded(picture: str, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in read_settings(picture).items() if key in RECORDED and value is not None}
     checked(picture, found)
     given_pictures.asked_for(picture, found, given)
-    found = given_pictures.displaced(found, given)
+    found = given_parts.found_again(picture, given_pictures.displaced(found, given), given)
     if "model" not in given:
         refuse_strangers(picture, found)
-    elif last_part(str(given["model"])) == last_part(found.get("model", "shapes")):
+    elif given_parts.last_part(str(given["model"])) == given_parts.last_part(found.get("model", "shapes")):
         found.pop("revision", None)
         found.pop("hub_variant", None)
     else:
@@ -153,10 +159,6 @@ def checked(picture: str, found: dict[str, Any]) -> dict[str, Any]:
                 f"({printable(repr(value), 60)})."
             )
     return found
-
-
-def last_part(model: str) -> str:
-    return PureWindowsPath(model).name
 
 
 def refuse_strangers(picture: str, found: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..files import printable
 from ..parallel import launch
-from . import compare, convert, describe, given_pictures, info, study
+from . import compare, convert, describe, given_parts, given_pictures, info, study
 from .options import (
     CommandError,
     Parser,
@@ -80,6 +80,8 @@ def parser() -> Parser:
     add("--count", type=whole(1, 10_000), metavar="N", help="How many pictures to draw. Default: 1.")
     add("--hires", type=number, metavar="N", help="Draw the picture, then enlarge it so many times, above 1 to 8, "
         "and draw it once more from that.")  # fmt: skip
+    add("--embedding-dir", action="append", metavar="DIR", help="A folder in which the embeddings are looked for "
+        "that the picture of --again names. May be given more than once.")  # fmt: skip
     add("--preview", type=whole(1, 1000), metavar="N", help="Show what is being drawn: a rough picture beside the "
         "output, NAME-preview.png, written anew every N steps and removed at the end. It stays where the drawing is "
         "stopped.")  # fmt: skip
@@ -184,7 +186,11 @@ def settle(given: Mapping[str, Any]) -> Drawing:
 def prepare(drawing: Drawing, *, leads: bool) -> SimpleSampler:
     model = load_model(drawing)
     if leads and drawing.again and not drawing.plan:
-        for difference in [*differences(drawing, hashes_of(model)), *given_pictures.others(drawing)]:
+        for difference in [
+            *differences(drawing, hashes_of(model)),
+            *given_pictures.others(drawing),
+            *given_parts.others(drawing),
+        ]:
             warnings.warn(difference)
     return make_sampler(model, drawing)
 

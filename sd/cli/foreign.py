@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..files import printable
+from .given_parts import by_stem
 from .options import CommandError
 
 FIELD = re.compile(r'\s{0,9}(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -93,6 +94,14 @@ def foreign_settings(text: str, given: Collection[str] = ()) -> tuple[dict[str, 
     take("Lora hashes", "lora_hashes", hashes_in)
     found["rng"] = "cpu" if fields.pop("RNG", "") == "CPU" else "cuda"
     missed = []
+    if words := fields.pop("TI hashes", ""):
+        pairs = [word.rpartition(":") for word in words.split(",") if word.strip()]
+        found["embedding"] = [name.strip() or number.strip() for name, _, number in pairs]
+        found["embedding_digest"] = [number.strip().lower() if name else None for name, _, number in pairs]
+    if "VAE" in fields:
+        if len(number := fields.pop("VAE hash", "").lower()) == 10:
+            found["vae_hash"] = number
+        take("VAE", "vae", str)
     sampler, schedule = fields.pop("Sampler", ""), fields.pop("Schedule type", "")
     if sampler and "scheduler" not in given:
         found["scheduler"] = solver_named(sampler, schedule)
@@ -154,9 +163,32 @@ def read_foreign(picture: str, text: str, given: Mapping[str, Any]) -> dict[str,
             f"{printable(picture)} was drawn by another program with the model {name}{number}: "
             "say where that is with --model FILE."
         )
+    if "vae" not in given and (vae := found.pop("vae", None)):
+        found.pop("vae_hash", None)
+        missed.append(f"VAE: {printable(vae, 40)} (--vae gives it)")
+    missed += missing_words(found, given)
+    found.pop("vae", None)
     if missed:
         warnings.warn(
             f"{printable(picture)} was drawn with settings that are not followed here, so this picture will differ: "
             f"{'; '.join(missed)}."
         )
     return found
+
+
+def missing_words(found: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Put the files of embeddings in place of their names; what is in no folder of `--embedding-dir` is named."""
+    names, digests = found.pop("embedding", []), found.pop("embedding_digest", [])
+    if "embedding" in given:
+        return []
+    files = [
+        by_stem(name, digest, given.get("embedding_dir", ())) for name, digest in zip(names, digests, strict=True)
+    ]
+    if any(files):
+        there = [(file, digest) for file, digest in zip(files, digests, strict=True) if file]
+        found["embedding"], found["embedding_digest"] = [file for file, _ in there], [digest for _, digest in there]
+    return [
+        f"embedding: {printable(name, 40)} (--embedding gives it, or --embedding-dir a folder with it)"
+        for name, file in zip(names, files, strict=True)
+        if file is None
+    ]

@@ -246,6 +246,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "much of it: style.safetensors:0.8. May be given several times. Default of the scale: 1.")  # fmt: skip
     add("--lora-dir", action="append", metavar="DIR", help="A folder with LoRAs, in which those are looked for "
         "that the prompt names, as <lora:style:0.8>, or a picture that is drawn again.")  # fmt: skip
+    add("--embedding", action="append", metavar="FILE", help="A textual inversion file (.pt, .bin, .safetensors): "
+        "the model then knows its word, and prompts may use it. May be given more than once.")  # fmt: skip
     add("--device", help="Where to compute: cpu, cuda, cuda:1 or mps. Default: a GPU if there is one.")
     add("--dtype", **dtype_option("The kind of numbers to compute with. Default: float16 on a GPU, else float32."))
     add = parser.add_argument_group("where it goes").add_argument

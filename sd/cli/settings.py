@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
 from ..parallel import launch
-from . import given_pictures, loras
+from . import given_parts, given_pictures, loras
 from .again import HASHES, RECORDED, recorded
 from .options import LAST_SEED, RANDOM, CommandError
 
@@ -76,6 +76,9 @@ class Drawing:
     lora_dir: Sequence[str] | None = None  # folders in which those are looked for that a prompt or a picture names
     lora_hashes: Mapping[str, str] | None = None  # of those that the prompt of a picture names
     vae: str | None = None
+    embedding: Sequence[str] | None = None
+    embedding_dir: Sequence[str] | None = None  # where those of a picture to be drawn again are looked for
+    embedding_digest: Sequence[str | None] | None = None  # of what that picture was drawn with
     again: str | None = None  # the picture that the settings come from
     model_hash: str | None = None  # of what drew that picture
     vae_hash: str | None = None
@@ -129,6 +132,8 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if settings.get("seed") == RANDOM:
         settings["seed"] = random_seed()
     drawing = Drawing(**settings)
+    if drawing.embedding_dir and not drawing.again:
+        raise CommandError("--embedding-dir is about a picture that is drawn again: give one with --again.")
     if drawing.preview_vae and not drawing.preview:
         raise CommandError("--preview-vae is about previews, and there are none: ask for them with --preview N.")
     hint_at_styles(drawing)
@@ -136,7 +141,8 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
         raise CommandError(f"--seed {drawing.seed} leaves no seeds for --count {drawing.count}: give a smaller one.")
     given_here = given_pictures.arguments(drawing)  # read now, and once: they may be written over by what is drawn
-    return replace(drawing, given=given_here, told=given_pictures.told(drawing)) if given_here else drawing
+    told = (given_pictures.told(drawing) if given_here else {}) | given_parts.told(drawing)
+    return replace(drawing, given=given_here or None, told=told) if told else drawing
 
 
 def hint_at_styles(drawing: Drawing) -> None:
@@ -236,7 +242,7 @@ def differences(drawing: Drawing, hashes: Mapping[str, str | None]) -> list[str]
     of_parts = drawing.vae_hash or drawing.text_hash  # else all are in one file, or the picture does not say
     whats = {
         "model_hash": ("another UNet" if of_parts else "other weights", "--model"),
-        "vae_hash": ("another VAE", "--model"),
+        "vae_hash": ("another VAE", "--vae" if drawing.vae else "--model"),
         "text_hash": ("another text encoder", "--model"),
         "config_hash": ("other sizes, or another noise schedule", "--model"),
         "tokenizer_hash": ("another tokenizer", "--tokenizer"),
@@ -273,6 +279,7 @@ def load_model(drawing: Drawing) -> StableDiffusion:
 
     from ..adapt.adapters import lora
     from ..adapt.other_vae import load_with_vae
+    from ..adapt.own_words import textual_inversion
     from ..loader import check_device
     from ..speed.malloc import keep, large_pages
 
@@ -296,6 +303,8 @@ def load_model(drawing: Drawing) -> StableDiffusion:
         )
         for chosen in drawing.lora or ():
             model = lora(model, chosen.file, chosen.scale)
+        for file in drawing.embedding or ():
+            model = textual_inversion(model, file)
         return model
 
     if drawing.variant == "parallel":

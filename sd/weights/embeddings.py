@@ -66,7 +66,9 @@ def read_words(path: str | os.PathLike[str]) -> list[Word]:
     if bundled:
         if any(match["part"] in OF_SDXL for match in bundled.values()):
             raise of_sdxl(path)
-        return [Word(match["word"], sound(path, match["word"], file.tensors[n])) for n, match in bundled.items()]
+        return [
+            Word(match["word"], sound_vectors(path, match["word"], file.tensors[n])) for n, match in bundled.items()
+        ]
     if file.tensors.keys() & set(OF_SDXL):
         raise of_sdxl(path)
     if not holds_words(file.tensors):
@@ -80,10 +82,10 @@ def read_words(path: str | os.PathLike[str]) -> list[Word]:
     for name, tensor in file.tensors.items():
         if name in UNNAMED:
             own = file.metadata.get("name")
-            result.append(Word(stem, sound(path, stem, tensor), (own,) if isinstance(own, str) else ()))
+            result.append(Word(stem, sound_vectors(path, stem, tensor), (own,) if isinstance(own, str) else ()))
         else:
             by_file = len(file.tensors) == 1 and not GENERIC.fullmatch(stem)
-            result.append(Word(name, sound(path, name, tensor), (stem,) if by_file else ()))
+            result.append(Word(name, sound_vectors(path, name, tensor), (stem,) if by_file else ()))
     return result
 
 
@@ -94,7 +96,7 @@ def of_sdxl(path: str | os.PathLike[str]) -> LoadError:
     )
 
 
-def sound(path: str | os.PathLike[str], word: str, tensor: Tensor) -> Tensor:
+def sound_vectors(path: str | os.PathLike[str], word: str, tensor: Tensor) -> Tensor:
     """The vectors of a word, (V, C). Raises LoadError."""
     vectors = tensor[None] if tensor.ndim == 1 else tensor
     if vectors.ndim != 2 or not vectors.is_floating_point() or not 1 <= len(vectors) <= MOST:

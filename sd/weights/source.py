@@ -331,7 +331,7 @@ def modules(found: Source, config: Mapping[str, Any]) -> tuple[UNet, VAE, CLIPTe
     with torch.device("meta"):
         unet, vae, text = UNet(unet_config), VAE(vae_config), CLIPText(text_config)
     for part, module in (("unet", unet), ("vae", vae), ("text", text)):
-        check_tensors(found.name, names.PARTS[part], found.parts[part], shapes_of(module))
+        check_fit(found.name, names.PARTS[part], found.parts[part], shapes_of(module))
     return unet, vae, text
 
 
@@ -339,7 +339,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check_tensors(name: str, part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_fit(name: str, part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise LoadError unless a part has just these tensors in these shapes; the message names some that differ."""
     wrong = {
         "is missing": [name for name in shapes if name not in tensors],

@@ -27,7 +27,7 @@ from ..vae import VAE, VAEConfig
 from . import hub, layout, names
 from .checkpoint import read
 from .configs import LoadError, config_of, infer_hub_vae, infer_tiny_vae, infer_vae, tiny_vae_from_hub, vae_from_hub
-from .source import Source, check_tensors, find_file, place_of, read_config_file, rename, shapes_of
+from .source import Source, check_fit, find_file, place_of, read_config_file, rename, shapes_of
 
 ENDINGS = (".safetensors", ".pth", ".pt")  # of TAESD's own files
 EXPECTED = "give a VAE's file, a folder or a repository such as stabilityai/sd-vae-ft-mse"
@@ -177,7 +177,7 @@ def vae_of(found: FoundVAE, like: VAEConfig) -> VAE:
     config = check_latent(found, like)
     with torch.device("meta"):
         vae = VAE(config)
-    check_tensors(found.name, "VAE", found.tensors, shapes_of(vae))
+    check_fit(found.name, "VAE", found.tensors, shapes_of(vae))
     vae.load_state_dict(found.tensors, strict=True, assign=True)
     return vae.eval()
 
