@@ -39,7 +39,7 @@ def parts_of(model: StableDiffusion) -> dict[str, nn.Module]:
     return {"unet": model.unet, "text": model.text.model}
 
 
-def modules_of(part: nn.Module) -> list[str]:
+def weighted_modules(part: nn.Module) -> list[str]:
     """All modules that have a weight of their own, but for embeddings."""
     found = (name.rpartition(".")[0] for name, _ in part.named_parameters())
     return [name for name in dict.fromkeys(found) if not name.startswith("embeddings.")]
@@ -48,7 +48,7 @@ def modules_of(part: nn.Module) -> list[str]:
 def stems(model: StableDiffusion) -> dict[str, Place]:
     """What each module may be called in a file -> the module."""
     table: dict[str, Place] = {}
-    unet = modules_of(model.unet)
+    unet = weighted_modules(model.unet)
     hub_of = names.unet_to_hub([f"{name}.weight" for name in unet], model.unet.config)
     for name in unet:
         place, hub = Place("unet", name), hub_of[f"{name}.weight"].removesuffix(".weight")
@@ -61,7 +61,7 @@ def stems(model: StableDiffusion) -> dict[str, Place]:
             if layer in ("to_q", "to_k", "to_v", "to_out") and "attn" in module:
                 table[f"{prefix}{module}.processor.{layer}_lora"] = place
                 table[f"{prefix}{module}.{layer}"] = place
-    for name in modules_of(model.text.model):
+    for name in weighted_modules(model.text.model):
         place, flat = Place("text", name), name.replace(".", "_")
         starts = ("lora_te_text_model_", "lora_te1_text_model_", "lycoris_text_model_", "lora_te_", "lora_te1_")
         table |= dict.fromkeys([start + flat for start in starts], place)
