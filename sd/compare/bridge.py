@@ -99,7 +99,7 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
     merged, a ControlNet, an IP-Adapter, FreeU, weights that are quantised or offloaded. Both are ValueErrors of one
     sentence.
     """
-    name, modules = modules_of(pipe)
+    name, modules = networks_of(pipe)
     with only_v1(name):
         unet: dict[str, Any] = json.loads(modules["unet"].to_json_string())  # which has lists for tuples
         configs = {
@@ -108,7 +108,7 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
             "text": text_from_hub({**modules["text"].config.to_dict(), "architectures": None}),
         }
         scheduler = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
-        left_out = scheduler.get("_use_default_values", None) or ()
+        left_out = scheduler.pop("_use_default_values", None) or ()
         check_schedule(scheduler)
     check_nothing_beside(name, pipe)
     found = Source(name, "pipeline", {}, [], Path(), configs)
@@ -130,7 +130,7 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
     return model
 
 
-def modules_of(pipe: Any) -> tuple[str, dict[str, Any]]:
+def networks_of(pipe: Any) -> tuple[str, dict[str, Any]]:
     """What to call a pipeline, and its three networks. Raises LoadError unless they are of the classes of v1."""
     kind = type(pipe).__name__
     if not isinstance(pipe, reference.diffusers().DiffusionPipeline):
