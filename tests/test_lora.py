@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -368,6 +370,23 @@ def test_weights_stay_in_their_file_until_the_part_is_used(wide, tmp_path, adapt
     read_weights(whole.unet)
     read_weights(whole.text.model)
     assert torch.equal(outputs(adapted(tensors, model=whole))[1], got)
+
+
+def test_what_may_happen_to_an_unread_model(wide, tmp_path, adapted):
+    """It is converted, copied and pickled with what the LoRA adds; a copy has scales of its own."""
+    sd.save(wide, tmp_path / "half.safetensors", torch.float16)
+    tensors, _ = lora_tensors(wide, list(attention_of(wide)))
+
+    def fresh():
+        return adapted(tensors, model=sd.load(tmp_path / "half.safetensors"))
+
+    wanted = outputs(fresh())[1]
+    assert torch.equal(outputs(fresh().to(dtype=F64).to(dtype=torch.float32))[1], wanted)
+    for copied in (copy.deepcopy(fresh()), pickle.loads(pickle.dumps(fresh()))):
+        assert torch.equal(outputs(copied)[1], wanted)
+        with sd.study.scale(copied, "style", 0):
+            assert not torch.equal(outputs(copied)[1], wanted)
+        assert torch.equal(outputs(copied)[1], wanted)
 
 
 def test_a_saved_model_has_it_merged(wide, adapted, tmp_path):

@@ -214,8 +214,6 @@ def with_adapters(model: StableDiffusion, adapters: Sequence[Adapter]) -> Stable
         known = before.get((part, name))
         base = known.base if known else parts[part].get_parameter(name).detach()
         patches[part, name] = Adapted(base, part, added)
-    for part, name in before.keys() - patches.keys():  # of an adapter that is gone: as the weight was
-        patches[part, name] = Adapted(before[part, name].base, part, [])
     listed = Adapters(adapters, patches)
     unet, vae = sharing(model.unet, listed.of_part("unet")), sharing(model.vae, {})
     text = model.text.with_model(sharing(model.text.model, listed.of_part("text")))
