@@ -208,7 +208,7 @@ TO_K = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.wei
         ({TO_K: torch.zeros(64, 1024)}, "holds SD 2 weights"),
         ({"cond_stage_model.model.ln_final.weight": torch.zeros(2)}, "holds SD 2 weights"),
         ({"conditioner.embedders.0.x": torch.zeros(2)}, "holds SDXL weights"),
-        ({"lora_unet_down.lora_up.weight": torch.zeros(2)}, "holds LoRA weights"),
+        ({"lora_unet_down.lora_up.weight": torch.zeros(2)}, "holds a LoRA, not a model"),
         ({"model.diffusion_model.joint_blocks.0.x": torch.zeros(2)}, "holds SD 3 or Flux weights"),
     ],
 )

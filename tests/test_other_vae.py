@@ -278,6 +278,20 @@ def test_taesd_in_every_way(way, small):
     torch.testing.assert_close(way(small)("a star", **call), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_taesd_goes_over_to_diffusers(small):
+    pipe = sd.to_diffusers(small)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.vae).__name__ == "AutoencoderTiny"
+    weight = pipe.vae.decoder.layers[0].weight
+    assert weight.data_ptr() == small.vae.decoder.layers[0].weight.data_ptr()
+    call = {"num_inference_steps": 2, "guidance_scale": 5.0}
+    (theirs,) = pipe("a star", generator=torch.Generator().manual_seed(3), **call).images
+    (ours,) = sd.SimpleSampler(small)("a star", seed=3, **call)
+    assert ours.tobytes() == theirs.tobytes()
+    with pytest.raises(sd.LoadError, match="AutoencoderTiny"):
+        sd.from_diffusers(pipe)
+
+
 def test_what_cannot_be_done_with_taesd_is_said(tiny, small, folder, theirs, tmp_path):
     with pytest.raises(sd.LoadError, match="TAESD for its VAE cannot be written"):
         sd.save(small, tmp_path / "a.safetensors")

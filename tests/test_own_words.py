@@ -13,7 +13,7 @@ from torch import nn
 
 import sd
 from sd import study
-from sd.adapt.own_words import LongerEmbedding
+from sd.adapt.own_words import LongerEmbedding, with_words_of_lora
 from sd.compare.reference import transformers_text, transformers_tokenizer
 from sd.prompts.styles import chunks_of
 from sd.prompts.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from tests.layouts import (
     write_ckpt,
     write_tokenizer,
 )
+from tests.loras import attention_of, lora_tensors, write_lora
 
 WIDTH = 64
 VECTORS = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -341,6 +342,17 @@ def test_whole_pictures_are_those_of_diffusers(content, prompt, tiny, tmp_path):
     assert plain.tobytes() != ours.tobytes()
 
 
+def test_it_goes_over_to_diffusers(owned):
+    pipe = sd.to_diffusers(owned)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "guidance_scale": 5.0}
+    (theirs,) = pipe("a <cat> and a <dog>", generator=torch.Generator().manual_seed(3), **call).images
+    (ours,) = sd.SimpleSampler(owned)("a <cat> and a <dog>", seed=3, **call)
+    assert ours.tobytes() == theirs.tobytes()
+    back = sd.from_diffusers(pipe)
+    assert torch.equal(back.encode_prompt("a <cat> and a <dog>"), owned.encode_prompt("a <cat> and a <dog>"))
+
+
 def test_after_save_and_convert_it_draws_the_same(owned, tmp_path):
     sd.save(owned, tmp_path / "a.safetensors")
     sd.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
@@ -360,6 +372,28 @@ def test_in_every_way(way, owned):
         got = draw(owned, "a <cat> and (a <dog>:1.1)", sampler=way, prompt_style=style)
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
         assert not torch.equal(wanted, draw(owned, "a (cat) and (a <dog>:1.1)", prompt_style=style))
+
+
+@pytest.mark.parametrize("form", ["in memory", "in its file"])
+def test_beside_a_lora_in_either_order(form, tiny, tmp_path):
+    model, modules = tiny, [place for place in attention_of(tiny) if place[0] == "text"]
+    if form == "in its file":
+        sd.save(tiny, tmp_path / "half.safetensors", torch.float16)
+        model = sd.load(tmp_path / "half.safetensors")
+    tensors, _ = lora_tensors(tiny, modules)
+    adapter = write_lora(tmp_path / "style.safetensors", tensors | {"bundle_emb.<cat>.string_to_param.*": VECTORS})
+    first, second = sd.textual_inversion(sd.lora(model, adapter), adapter), sd.lora(model, adapter)
+    second = with_words_of_lora(second)
+    third = sd.lora(sd.textual_inversion(model, adapter), adapter)
+    lean = [sd.LeanSampler(each).encode_prompt(["a <cat>"]) for each in (first, second, third)]
+    wanted = first.encode_prompt("a <cat>")
+    for each in (second, third):
+        assert torch.equal(each.encode_prompt("a <cat>"), wanted)
+    for each in lean:
+        torch.testing.assert_close(each, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(sd.textual_inversion(model, adapter).encode_prompt("a <cat>"), wanted, atol=1e-3)
+    sd.save(third, tmp_path / "saved.safetensors", torch.float32)
+    torch.testing.assert_close(sd.load(tmp_path / "saved.safetensors").encode_prompt("a <cat>"), wanted)
 
 
 def test_instruments_know_the_word(owned):

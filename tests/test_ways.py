@@ -10,7 +10,9 @@ import torch
 
 import sd
 from sd import study
-from tests.layouts import make_model
+from sd.adapt.taesd import TinyVAE
+from sd.weights.checkpoint import read, write_safetensors
+from tests.layouts import make_model, random_tensors
 from tests.loras import attention_of, lora_tensors, write_lora
 from tests.worlds import in_world
 
@@ -100,6 +102,43 @@ def a_lora(model):
         )
 
 
+def own_words(way, model):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"<cat>": torch.ones(2, 64)}, Path(folder) / "cat.bin")
+        knows = sd.textual_inversion(model, Path(folder) / "cat.bin")
+    latents = sampler_of(way, knows)(["a <cat>", "a ring"], **CALL)
+    torch.testing.assert_close(latents, sd.SimpleSampler(knows)(["a <cat>", "a ring"], **CALL), atol=1e-3, rtol=1e-3)
+
+
+def other_vae(way, model, vae=None):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vae.safetensors"
+        write_safetensors(path, {n: 1.1 * t for n, t in model.vae.state_dict().items()} if vae is None else vae)
+        other = sd.with_vae(model, path)
+        other.vae.state_dict()  # read while the file is there
+    call = CALL | {"output_type": "pt"}
+    images = sampler_of(way, other)(["a star", "a ring"], **call)
+    torch.testing.assert_close(images, sd.SimpleSampler(other)(["a star", "a ring"], **call), atol=1e-3, rtol=1e-3)
+
+
+def taesd(way, model):
+    c = sd.VAEConfig(ch=8, ch_mult=(1,) * 4, num_res_blocks=1, scale_factor=1.0, num_groups=1)
+    shapes = {name: t.shape for name, t in TinyVAE(c, model.vae.config).state_dict().items()}
+    other_vae(way, model, random_tensors(shapes, 3, torch.float32))
+
+
+def in_float8(way, model):
+    with tempfile.TemporaryDirectory() as folder:
+        sd.save(model, Path(folder) / "a.safetensors")
+        file = read(Path(folder) / "a.safetensors")
+        small = {name: t.to(torch.float8_e4m3fn) for name, t in file.tensors.items()}
+        write_safetensors(Path(folder) / "b.safetensors", small, file.metadata)
+        one, two = (sd.load(Path(folder) / "b.safetensors") for _ in range(2))
+        latents = sampler_of(way, one)(["a star", "a ring"], **CALL)
+        wanted = sd.SimpleSampler(two)(["a star", "a ring"], **CALL)
+    torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+
+
 def invert(way, model):
     sd.invert(sampler_of(way, model), torch.rand(1, 3, 64, 64), "a star", num_inference_steps=2)
 
@@ -147,6 +186,10 @@ FEATURES = {
     "pictures in, masks, weights of 9 channels": pictures_in,
     "`sd.lora`, several, of every kind": with_lora,
     "`sd.study.scale`, for a block and by step": scale_of_lora,
+    "`sd.textual_inversion`": own_words,
+    "`sd.with_vae`": other_vae,
+    "TAESD as the VAE": taesd,
+    "weights in float8": in_float8,
     "`sd.invert`": invert,
     "`stream`, step by step": stream,
     "a model that `sd.fast` made": fast_model,

@@ -20,6 +20,7 @@ from ..model import StableDiffusion
 from ..weights import names
 from ..weights.checkpoint import read
 from ..weights.configs import LoadError
+from ..weights.embeddings import bundles_words
 from ..weights.mapped import WeightFiles
 from .deltas import PIECE, Delta
 from .dialects import Place, dialect_of, field_of, parts_of, placed_names, refuse_other_models, refused_kind, stems
@@ -101,7 +102,7 @@ def read_adapter(path: str | os.PathLike[str], model: StableDiffusion) -> Adapte
     }
     settings = PeftSettings(path, metadata, path.name in FOLDER_FILES)
     files = WeightFiles({"unet": [path]}, [(path, checkpoint.map)])
-    unmatched = [key for key in tensors if key not in found]
+    unmatched = [key for key in tensors if key not in found and not bundles_words([key])]  # for textual_inversion
     result = AdapterFile(path, adapter_name(path), dialect_of(found) or "", metadata, files, {}, {}, unmatched)
     for place, fields in groups.items():
         check_tensors(path, place, fields)

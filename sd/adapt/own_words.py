@@ -23,8 +23,9 @@ from ..model import StableDiffusion
 from ..prompts.encoder import TextEncoder
 from ..prompts.tokenizer import END, START
 from ..text import CLIPText, Texts
+from ..weights.checkpoint import read
 from ..weights.configs import LoadError
-from ..weights.embeddings import Word, read_words
+from ..weights.embeddings import Word, bundles_words, read_words
 from ..weights.tokenizer import ADDED, PLAIN, check_added
 from ..weights.unread import patches_of, sharing, target
 
@@ -111,6 +112,12 @@ def textual_inversion(
     except ValueError as error:
         raise LoadError(f"{path} has a word that cannot be added: {error}; call it otherwise with word=.") from None
     return model.with_parts(model.unet, model.vae, TextEncoder(longer, texts, known))
+
+
+def with_words_of_lora(model: StableDiffusion) -> StableDiffusion:
+    """A model to which `sd.lora` has just added a LoRA, with the words that its file brings (bundle_emb), if any."""
+    path = model.adapters[-1].file.path
+    return textual_inversion(model, path) if bundles_words(read(path).tensors) else model
 
 
 def longer_text(model: CLIPText, more: Tensor) -> CLIPText:

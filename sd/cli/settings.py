@@ -279,7 +279,7 @@ def load_model(drawing: Drawing) -> StableDiffusion:
 
     from ..adapt.adapters import lora
     from ..adapt.other_vae import load_with_vae
-    from ..adapt.own_words import textual_inversion
+    from ..adapt.own_words import textual_inversion, with_words_of_lora
     from ..loader import check_device
     from ..speed.malloc import keep, large_pages
 
@@ -302,7 +302,7 @@ def load_model(drawing: Drawing) -> StableDiffusion:
             ema=drawing.ema,
         )
         for chosen in drawing.lora or ():
-            model = lora(model, chosen.file, chosen.scale)
+            model = with_words_of_lora(lora(model, chosen.file, chosen.scale))
         for file in drawing.embedding or ():
             model = textual_inversion(model, file)
         return model
