@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from . import attention, study
     from .adapt.adapter_facts import lora_info
     from .adapt.adapters import lora
+    from .adapt.control_files import load_controlnet, save_controlnet
+    from .adapt.controlnet import ControlNet
     from .adapt.other_vae import with_vae
     from .adapt.own_words import textual_inversion
     from .attention import chunked_attention, use_attention
@@ -40,6 +42,8 @@ _HOME = {
     "CheckpointError": "weights.checkpoint",
     "lora": "adapt.adapters",
     "lora_info": "adapt.adapter_facts",
+    "ControlNet": "adapt.controlnet",
+    **dict.fromkeys(["load_controlnet", "save_controlnet"], "adapt.control_files"),
     **dict.fromkeys(["UNet", "UNetConfig"], "unet"),
     **dict.fromkeys(["VAE", "VAEConfig"], "vae"),
     **dict.fromkeys(["DDIM", "LMS", "PNDM", "NoiseSchedule", "make_scheduler"], "scheduler"),
@@ -66,6 +70,7 @@ __all__ = [
     "PNDM",
     "VAE",
     "CheckpointError",
+    "ControlNet",
     "Defaults",
     "LeanSampler",
     "LoadError",
@@ -90,10 +95,12 @@ __all__ = [
     "info",
     "invert",
     "load",
+    "load_controlnet",
     "lora",
     "lora_info",
     "make_scheduler",
     "save",
+    "save_controlnet",
     "scheduler_from_config",
     "study",
     "textual_inversion",

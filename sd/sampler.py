@@ -24,7 +24,18 @@ from torch import Tensor
 from .image import to_pil
 from .model import StableDiffusion
 from .noise import check_rng, noise_source
-from .pictures import Pictures, Start, begin_from, beside, pasted
+from .pictures import (
+    Control,
+    Pictures,
+    Start,
+    begin_from,
+    beside,
+    control_arguments,
+    control_size,
+    controlled,
+    controls_in,
+    pasted,
+)
 from .pictures.given import pictures_in, size_of
 from .prompts.arguments import (
     as_long_as_each_other,
@@ -184,6 +195,7 @@ class Request:
     beside: Tensor | None = None  # (B, 5, h, w): what weights of 9 channels are told; known when the loop starts
     style: str = "plain"  # in which the prompts are written
     rng: str = "cpu"  # where noise comes from
+    controls: tuple[Control, ...] = ()  # ControlNets, and what each is told
 
     @property
     def begin(self) -> int:
@@ -231,6 +243,13 @@ class SimpleSampler:
         rng                   "cpu"; "cuda": the noise that an NVIDIA GPU draws for a seed, as in AUTOMATIC1111
         output_type           "pil"; "pt": (B, 3, H, W) in [0, 1]; "latent": (B, 4, h, w), scaled
         prompt_embeds, negative_prompt_embeds   diffusers' names for embeddings in place of texts
+        controlnet            what sd.load_controlnet gives; or a list, and then the next four may be lists, too
+        control_image         the picture that it follows, such as edges: as `image` is given, and scaled and cut like
+                              it; a list of them, one for each prompt. It says the size where there is no `image`
+        controlnet_conditioning_scale   1.0; how much of what it says is added
+        control_guidance_start, control_guidance_end   0.0 and 1.0; the shares of the steps before and after which it
+                              is left out
+        guess_mode            False; True: it alone says what to draw, for empty prompts; guidance of 3 to 5 is usual
 
         Steps, guidance, size and scheduler are those of `model.defaults` where they are not given: for Stable
         Diffusion v1, 50 steps of "pndm" at a guidance of 7.5, and the size that the model was trained for.
@@ -299,10 +318,11 @@ class SimpleSampler:
         rng: str = "cpu",
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        **unknown: Any,
+        **more: Any,
     ) -> Request:
-        """Check the arguments of a call, and encode its texts."""
-        refuse_unknown(unknown)
+        """Check the arguments of a call, and encode its texts. more: those about ControlNets."""
+        control = control_arguments(more)
+        refuse_unknown(name for name in more if name not in control)
         usual = self.model.defaults
         seed, num_images_per_prompt, eta = plain(seed), plain(num_images_per_prompt), plain(eta)
         num_inference_steps, guidance_scale = plain(num_inference_steps), plain(guidance_scale)
@@ -316,8 +336,9 @@ class SimpleSampler:
         if image is None and mask_image is not None:
             raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")
         f, channels = self.model.vae.config.downsampling, self.model.vae.config.z_channels
+        followed = control_size(control, f) if image is None and latents is None and not (height and width) else None
         own = size_of(image, f) if image is not None and latents is None else (usual.width, usual.height)
-        own = own[0] or self.model.size, own[1] or self.model.size
+        own = followed or (own[0] or self.model.size, own[1] or self.model.size)
         height, width = checked_size(height, width, latents, own, f, channels)
 
         given = prompt if prompt_embeds is None else prompt_embeds
@@ -344,9 +365,8 @@ class SimpleSampler:
         if not isinstance(given, Tensor):
             texts = [text for text in prompt_list(given) for _ in range(num_images_per_prompt)]
         seeds = [seed + i for i in range(len(context))]
-        pictures = None
+        pictures, counts = None, (len(context), num_images_per_prompt)
         if image is not None:
-            counts = len(context), num_images_per_prompt
             pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts, f)
             scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
         return Request(
@@ -362,6 +382,9 @@ class SimpleSampler:
             pictures,
             style=prompt_style,
             rng=rng,
+            controls=controls_in(
+                control, self.model.unet.config, computes_in(self.model.unet), (width, height), counts, f
+            ),
         )
 
     def _encode(self, prompt: Prompt | None, name: str, count: int | None, **how: Any) -> Tensor:
@@ -408,10 +431,15 @@ class SimpleSampler:
         self.model.check_file()
         return self.model.vae.moments(image.to(*computes_in(self.model.vae)))
 
+    def around(self, unet: Callable[..., Tensor], request: Request) -> Callable[..., Tensor]:
+        """The UNet, told what a request has beside x: the mask of weights of 9 channels, and ControlNets."""
+        unet, steps = beside(unet, request.beside), len(request.timesteps)
+        return controlled(unet, request.controls, steps, current_call, announced)
+
     @contextmanager
     def denoiser(self, request: Request) -> Iterator[Denoiser]:
         """What predicts the noise for a request, while it is drawn."""
-        unet = beside(self.model.unet, request.beside)
+        unet = self.around(self.model.unet, request)
         if request.negative is None:
             yield with_text(unet, request.context)
         else:

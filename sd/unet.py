@@ -26,7 +26,7 @@ Modules carry the names of CompVis checkpoints. At 512 x 512 with the v1 configu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -194,29 +194,29 @@ class UNet(nn.Module):
             [Block(make[part.kind](part.channels, part.out_channels) for part in parts) for parts in blocks]
             for blocks in topology(c)
         )
-        self.input_blocks, self.middle_block, self.output_blocks = (
-            nn.ModuleList(inputs),
-            middle,
-            nn.ModuleList(outputs),
-        )
+        self.input_blocks, self.middle_block = nn.ModuleList(inputs), middle
+        self.output_blocks = nn.ModuleList(outputs)
         self.out = NormSiLUConv(
             nn.GroupNorm(c.num_groups, c.model_channels * c.channel_mult[0], eps=1e-5),
             nn.SiLU(),
             nn.Conv2d(c.model_channels * c.channel_mult[0], c.out_channels, 3, padding=1),
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
         """The noise in `x`.
 
         x: (B, 4, h, w), any h and w; t: (B,) timesteps in [0, 1000), also fractional;
         context: (B, 77, context_dim). Returns (B, 4, h, w).
+        control: what a ControlNet adds (arXiv:2302.05543) to the skip of each input block, and to the middle block.
         """
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         skips = []
-        for block in self.input_blocks:
+        for i, block in enumerate(self.input_blocks):
             x = block(x, emb, context)
-            skips.append(x)
+            skips.append(x if control is None else x + control[i])
         x = self.middle_block(x, emb, context)
+        if control is not None:
+            x = x + control[-1]
         for block in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb, context, size=skips[-1].shape[-2:] if skips else None)

@@ -166,10 +166,11 @@ def diffusers_images(
     prompt="a red star above a blue ring",
     kind="StableDiffusionPipeline",
     seeds=(3,),
+    parts=None,
     **options,
 ):
     """What one of diffusers' pipelines draws with the same weights, and transformers' text encoder and tokenizer."""
-    pipeline = diffusers_pipeline(model, kind, scheduler)
+    pipeline = diffusers_pipeline(model, kind, scheduler, **(parts or {}))
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return pipeline(prompt, generator=generators if len(seeds) > 1 else generators[0], **options).images

@@ -24,6 +24,7 @@ from sd.cli.again import RECORDED
 from sd.cli.draw import parser
 from sd.cli.options import CommandError
 from sd.cli.settings import Drawing, differences, drawing_of, hashes_of, settings_used
+from sd.compare.reference import random_controlnet
 from sd.image import SIGNATURE, read_settings, save_png
 from sd.scheduler import make_scheduler
 from tests.layouts import compvis_tensors, ema_tensors, write_ckpt, write_hub, write_tokenizer
@@ -334,6 +335,8 @@ EVERY = {  # what is drawn -> what has to be given again, because a picture does
     ("--hires", "1.5", "--scheduler", "unipc", "--threads", "1", *FROM_FILE): [],
     ("--lora", "style.safetensors:0.5", "--lora-dir", ".", *FROM_FILE): [],
     ("--embedding", "cat.bin", "--vae", "v.safetensors", *FROM_FILE): [],
+    ("--controlnet", "net.safetensors:0.5", "--control-image", "w.png", "--canny", "--control-start", "0.1",
+     "--control-end", "0.9", "--guess-mode", *FROM_FILE): ["--control-image", "w.png"],
     ("--ema", "--config", "c.json", *FULL): ["--tokenizer", "words"],
     ("--model", "hub", "--hub-variant", "half", "--height", "64", "--width", "64", "--device", "cpu"):
      ["--device", "cpu"],
@@ -351,6 +354,7 @@ def models(tiny, tmp_path_factory):
     sd.save(tiny, path / "m.safetensors")
     write_ckpt(path / "full.ckpt", compvis_tensors(tiny) | ema_tensors(tiny))
     write_tokenizer(path / "words")
+    sd.save_controlnet(random_controlnet(tiny), path / "net.safetensors")
     write_lora(path / "style.safetensors", lora_tensors(tiny, list(attention_of(tiny)))[0])
     torch.save({"star": torch.ones(2, 64)}, path / "cat.bin")
     save_file({name: 1.1 * t for name, t in tiny.vae.state_dict().items()}, path / "v.safetensors")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import sd
+from sd.compare.reference import random_controlnet
 from sd.lean import plan
 from sd.lean import sampler as lean
 from sd.lean.plan import bytes_of
-from sd.lean.sampler import LeanUNet, large_weights
+from sd.lean.sampler import LeanNetwork, Parts, large_weights
 from sd.lean.stream import Streamed, Weights
 from sd.loader import save
 from sd.operations import TEXTBOOK, copy_of
@@ -171,13 +172,13 @@ def test_weights_of_time_and_text_are_used_once(source):
     sampler = sd.LeanSampler(model)
     with torch.no_grad():
         request = sampler.request("a", **CALL)
-    unet = LeanUNet(model, Weights(torch.float32), request, [request.context])
-    once = [m for n, m in unet.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1"))]
+    unet = LeanNetwork(model.unet, Weights(torch.float32), request, [request.context])
+    once = [m for n, m in unet.network.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v", "emb_layers.1"))]
     for module in once:
         module.weight = None  # whoever asks for it now fails
     x = torch.randn(1, 4, 6, 5)
     with torch.no_grad():
-        assert torch.isfinite(unet(x, torch.tensor([float(request.scheduler.timesteps[0])]), slice(0, 1))).all()
+        assert torch.isfinite(unet(x, torch.tensor([float(request.scheduler.timesteps[0])]), Parts(0, 1))).all()
 
 
 def test_lazy_models_stay_in_the_file_until_they_are_asked_for(source):
@@ -232,7 +233,7 @@ def test_a_device_without_memory_is_one_sentence(source, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(lean.LeanUNet, "__call__", fail)
+    monkeypatch.setattr(lean.LeanNetwork, "__call__", fail)
     with pytest.raises(ValueError, match=r"in the UNet \(it should take \d+ MB\): pass memory="):
         sampler("a", **CALL)
 
@@ -273,6 +274,8 @@ thread = threading.Thread(target=watch); thread.start()
 import sd
 sampler = sd.LeanSampler(sd.load(sys.argv[1], lazy=True), int(sys.argv[2]))
 call = dict(num_inference_steps=1, scheduler="ddim", height=512, width=512)
+if nets := [sd.load_controlnet(path, model=sampler.model) for path in sys.argv[3:]]:
+    call |= dict(controlnet=nets, control_image=[torch.rand(1, 3, 512, 512) for _ in nets])
 plan = sampler.plan("a horse", **call)
 sampler("a horse", **call)
 done = True; thread.join()
@@ -282,13 +285,16 @@ print(plan.peak, peak - base)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("memory", [340_000_000, 600_000_000])
-def test_the_predicted_peak_is_the_measured_one(tmp_path, memory):
+@pytest.mark.parametrize(("memory", "nets"), [(340_000_000, 0), (600_000_000, 0), (340_000_000, 1), (400_000_000, 2)])
+def test_the_predicted_peak_is_the_measured_one(tmp_path, memory, nets):
     """A third of the full widths: large tensors, few operations."""
     unet, vae = sd.UNetConfig(model_channels=96), sd.VAEConfig(ch=96)
-    path = tmp_path / "third.safetensors"
-    save(make_model(unet, vae, replace(TEXT, hidden_size=768, num_attention_heads=12), size=512), path, torch.float16)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, path, str(memory)], capture_output=True)
+    path, control = tmp_path / "third.safetensors", tmp_path / "control.safetensors"
+    model = make_model(unet, vae, replace(TEXT, hidden_size=768, num_attention_heads=12), size=512)
+    save(model, path, torch.float16)
+    sd.save_controlnet(random_controlnet(model), control, torch.float16)
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, path, str(memory), *nets * [control]]
+    done = subprocess.run(command, capture_output=True)
     predicted, measured = map(int, done.stdout.split())
     assert predicted <= memory
     assert abs(measured / predicted - 1) < 0.15

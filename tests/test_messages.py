@@ -40,6 +40,12 @@ WRONG = [
       for value in ("nothing.json", "/dev/zero", "deep.json", "list.json", "odd.json", EVIL)),
     *([STAR, "--tokenizer", value] for value in ("nothing", EVIL, "text.png", LONG)),
     [STAR, "--seed", str(2**63 - 1), "--count", "2"],
+    *([STAR, "--controlnet", value, "--control-image", "there.png"]
+      for value in ("x", "a/../b", EVIL, LONG, "x:nan")),
+    *([STAR, "--controlnet", "evil.ckpt", "--control-image", value] for value in ("x.png", "text.png", EVIL, LONG)),
+    [STAR, "--controlnet", "evil.ckpt", "--control-image", "other.png"], [STAR, "--controlnet", "evil.ckpt"],
+    [STAR, "--control-image", "other.png"], [STAR, "--canny"], [STAR, "--guess-mode"], [STAR, "--control-end", "x"],
+    [STAR, "--controlnet", "evil.ckpt", "--control-image", "other.png", "--control-start", "nan"],
     [STAR, "--exact", "--variant", "lean"], [STAR, "--plan"], [STAR, "--memory", "1GB"], [STAR, "--stepz", "3"],
     [STAR, f"--{EVIL}"], [STAR, f"--{LONG}"], ["a", "red", "star"], [EVIL, LONG], ["list"], ["models"], ["inof"],
     ["version"], ["help", "x"], ["help", EVIL], ["study"], ["convert"], ["convert", "a.ckpt"], ["info"],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..files import from_root, printable
-from . import given_parts, given_pictures, loras
+from . import controls, given_parts, given_pictures, loras
 from .foreign import read_foreign
 from .options import DTYPES, LAST_SEED, STYLES, CommandError
 
@@ -116,6 +116,8 @@ RECORDED: dict[str, Callable[[Any], bool]] = {  # what a PNG of `artist` says of
     "text_hash": hexadecimal,  # of the text encoder's
     "config_hash": hexadecimal,  # of the sizes of all parts, and of the noise that the model was trained with
     "tokenizer_hash": hexadecimal,
+    "controlnet": controls.sound(name, hexadecimal),
+    "guess_mode": lambda value: isinstance(value, bool),
     "lora": loras.sound(name, hexadecimal),
     "lora_hashes": lambda value: isinstance(value, dict) and all(map(hexadecimal, value.values())),
 }

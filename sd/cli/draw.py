@@ -38,6 +38,7 @@ from .settings import (
     make_sampler,
     place,
     settings_used,
+    with_controls,
     with_solver,
 )
 from .threads import Neighbours, choose_threads
@@ -140,6 +141,7 @@ def carry_out(
 ) -> None:
     sampler, hashes = prepare(drawing, leads=leads), None
     drawing = with_threads(with_solver(drawing, sampler.model), neighbours)
+    drawing = with_controls(drawing, sampler.model)
     if drawing.plan:
         text = say_plan(sampler, drawing)
         if leads:
@@ -222,7 +224,8 @@ def say_plan(sampler: Any, drawing: Drawing) -> str:
 
 def size_of_drawing(model: Any, drawing: Drawing) -> tuple[int, int]:
     """Width and height of what is drawn first."""
-    picture = (drawing.given or {}).get("image")
+    given = drawing.given or {}
+    picture = given.get("image") or next(iter(given.get("control_image", ())), None)
     own = picture.size if picture else (model.defaults.width or model.size, model.defaults.height or model.size)
     return drawing.width or own[0], drawing.height or own[1]
 

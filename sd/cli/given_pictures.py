@@ -13,6 +13,8 @@ from ..files import printable
 from .options import CommandError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .settings import Drawing
 
 ALPHA = "alpha"  # in place of a mask: what is transparent in the picture
@@ -49,12 +51,17 @@ def arguments(drawing: Drawing) -> dict[str, Any]:
         result["mask_image"] = read_picture(drawing.mask, "mask_image")
     if strength is not None:
         result["strength"] = strength
+    warn_of_size(drawing, drawing.image, picture)
+    return result | {"image": picture}
+
+
+def warn_of_size(drawing: Drawing, file: str, picture: Image) -> None:
+    """Warn of a picture that says the size, and is large."""
     if drawing.height is None and drawing.width is None and picture.width * picture.height > LARGE:
         warnings.warn(
-            f"{printable(drawing.image)} has {picture.width} x {picture.height} pixels, and is drawn at that size, "
+            f"{printable(file)} has {picture.width} x {picture.height} pixels, and is drawn at that size, "
             "which takes long: --width and --height choose another."
         )
-    return result | {"image": picture}
 
 
 def told(drawing: Drawing) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def memory(text: str) -> str:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A LoRA that is drawn with."""
+    """A LoRA, or a ControlNet, that is drawn with."""
 
     file: str
     scale: float | dict[str, float] = 1.0  # of both parts, or of "unet" and of "text"
@@ -239,6 +239,20 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         "is black. Default: it is.")  # fmt: skip
     add("--extend", type=sides, metavar="SIDES", help="Draw on beyond the edges of the image, for example "
         "left=128,top=64, in pixels.")  # fmt: skip
+    add = parser.add_argument_group("what it follows").add_argument
+    add("--controlnet", action="append", type=lora_file, metavar="FILE[:SCALE]", help="A ControlNet for the model, "
+        "and how much of it: canny.safetensors:0.8. May be given several times. Default of the scale: "
+        "1.")  # fmt: skip
+    add("--control-image", action="append", metavar="FILE", help="The picture that the ControlNet follows, such as "
+        "edges or a pose; one for each of several. It says the size unless --image, or --height and --width "
+        "do.")  # fmt: skip
+    add("--canny", action="store_true", help="Follow the edges that Canny's method finds in the control image, which "
+        "is then any picture. Needs OpenCV: pip install 'artificial-artist[canny]'.")  # fmt: skip
+    add("--control-start", type=number, metavar="S", help="The share of the steps before which it is left out, 0 to "
+        "1. Default: 0.")  # fmt: skip
+    add("--control-end", type=number, metavar="S", help="The share of the steps after which it is left out, 0 to "
+        "1. Default: 1.")  # fmt: skip
+    add("--guess-mode", action="store_true", help="Let the ControlNet say what to draw, for an empty prompt.")
     add = parser.add_argument_group("with which model, and where it runs").add_argument
     add("--model", help="The built-in model shapes, a .ckpt or .safetensors file, a folder, or a Hub repository. "
         "Default: shapes.")  # fmt: skip

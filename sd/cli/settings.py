@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import printable, read_json
 from ..parallel import launch
-from . import given_parts, given_pictures, loras
+from . import controls, given_parts, given_pictures, loras
 from .again import HASHES, RECORDED, recorded
 from .options import LAST_SEED, RANDOM, CommandError
 
@@ -61,6 +61,8 @@ class Drawing:
     paste: bool = True
     extend: Mapping[str, int] | None = None
     hires: float | None = None
+    controlnet: Sequence[Any] | None = None  # `controls.Followed`
+    guess_mode: bool = False
     image_digest: str | None = None  # of what the picture to be drawn again was drawn from
     mask_digest: str | None = None
     given: Mapping[str, Any] | None = None  # what was read of the files: arguments of a sampler
@@ -126,7 +128,7 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     settings |= given
     if "prompt" not in settings:
         raise CommandError('There is nothing to draw: give a prompt, for example artist "a red star".')
-    settings = loras.settled(settings, given)
+    settings = controls.settled(loras.settled(settings, given), given)
     if isinstance(settings.get("config"), str):  # its content, so that the picture can tell it
         settings["config"] = config_in(settings["config"])
     if settings.get("seed") == RANDOM:
@@ -140,9 +142,10 @@ def drawing_of(given: Mapping[str, Any]) -> Drawing:
     last = drawing.seed + drawing.count - 1
     if drawing.count > 1 and drawing.seed <= LAST_SEED < last:
         raise CommandError(f"--seed {drawing.seed} leaves no seeds for --count {drawing.count}: give a smaller one.")
-    given_here = given_pictures.arguments(drawing)  # read now, and once: they may be written over by what is drawn
-    told = (given_pictures.told(drawing) if given_here else {}) | given_parts.told(drawing)
-    return replace(drawing, given=given_here or None, told=told) if told else drawing
+    # Read now, and once: they may be written over by what is drawn.
+    given_here = given_pictures.arguments(drawing) | controls.pictures(drawing)
+    told = given_pictures.told(drawing) | given_parts.told(drawing)
+    return replace(drawing, given=given_here or None, told=told) if told or given_here else drawing
 
 
 def hint_at_styles(drawing: Drawing) -> None:
@@ -180,7 +183,7 @@ def settings_used(drawing: Drawing, model: StableDiffusion, request: Any) -> dic
 
     scheduler = request.scheduler
     asked = {name: getattr(drawing, name) for name in RECORDED if name not in HASHES} | dict(drawing.told or {})
-    asked["lora"] = loras.told(drawing)
+    asked["lora"], asked["controlnet"] = loras.told(drawing), controls.told(drawing)
     if request.pictures is not None:
         asked["strength"] = request.pictures.strength
     if drawing.hires:
@@ -326,10 +329,22 @@ def make_sampler(model: StableDiffusion, drawing: Drawing) -> SimpleSampler:
     from ..sampler import SimpleSampler
     from ..speed.fast_model import fast
 
-    large = sum(p.numel() for p in model.unet.parameters()) >= LARGE
-    if large and drawing.fast and drawing.simple_on_cpu and drawing.dtype is None:
+    faster = drawn_fast(model, drawing)
+    if faster and drawing.simple_on_cpu and drawing.dtype is None:
         hint_at_bfloat16()
-    return SimpleSampler(fast(model) if large and drawing.fast else model)
+    return SimpleSampler(fast(model) if faster else model)
+
+
+def drawn_fast(model: StableDiffusion, drawing: Drawing) -> bool:
+    """Whether a model, and its ControlNets, are drawn with by `sd.fast`."""
+    return drawing.fast and sum(p.numel() for p in model.unet.parameters()) >= LARGE
+
+
+def with_controls(drawing: Drawing, model: StableDiffusion) -> Drawing:
+    """The drawing, with its ControlNets among the arguments of the sampler."""
+    from ..speed.fast_model import fast
+
+    return controls.loaded(drawing, model, fast if drawn_fast(model, drawing) else lambda net: net)
 
 
 def hint_at_bfloat16() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files import check_output
 from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of
 from .output import save_result
-from .settings import drawing_of, load_model, make_sampler
+from .settings import drawing_of, load_model, make_sampler, with_controls
 
 SUMMARY = "draw, and write a page about the steps, words and blocks of the drawing"
 
@@ -44,8 +44,10 @@ def run(arguments: Sequence[str]) -> int:
 
     from ..study.page import study_page, write_page
 
+    model = load_model(drawing)
+    drawing = with_controls(drawing, model)
     page, trace = study_page(
-        make_sampler(load_model(drawing), drawing),
+        make_sampler(model, drawing),
         drawing.prompt,
         progress=partial(tqdm, desc="drawing", unit="step", disable=drawing.quiet),
         seed=drawing.seed,

@@ -23,6 +23,7 @@ OPTIONS = {  # what the library calls by the name of an argument, and the comman
     "negative_prompt": "--negative",
     "num_images_per_prompt": "--count",
     "mask_image": "--mask",
+    "control_image": "--control-image",
     **{
         name: f"--{name}"
         for name in ("height", "width", "seed", "eta", "memory", "scheduler", "dtype", "device", "strength", "image")
@@ -58,6 +59,7 @@ def sentence(error: BaseException) -> str:
     text = re.sub(r"\[Errno -?\d+\] ", "", text)
     text = re.sub(r"\w+=\S* \((--[^()]+)\)", r"\1", text)  # "dtype=torch.float32 (--dtype float32)" is for both
     text = re.sub(r"^mask_image (\S+) cannot be read", r"--mask \1 cannot be read", text)
+    text = re.sub(r"^control_image (\S+) (is|cannot)\b", r"--control-image \1 \2", text)
     name = re.match(r"(\w+) (must|cannot) be ", text)
     if name and name[1] in OPTIONS:
         option = OPTIONS[name[1]]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapt.controlnet import ControlNet, controlnet_for
 from ..adapt.taesd import TinyVAE
 from ..attention import SpatialTransformer
 from ..model import StableDiffusion
@@ -93,6 +94,17 @@ def random_model(
         part.eval().load_state_dict(random_tensors(shapes, seed, dtype), assign=True)
     encoder = TextEncoder(parts[2].requires_grad_(False), tokenizer_files())
     return StableDiffusion(parts[0], parts[1], encoder, name=name, size=size)
+
+
+def random_controlnet(
+    model: StableDiffusion, seed: int = 3, hint_widths: tuple[int, ...] | None = None
+) -> ControlNet:
+    """A ControlNet for a model, with random weights everywhere: also where training begins with zeros."""
+    net = controlnet_for(model.unet, hint_widths or (16, 32, 96, 256))
+    shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
+    net.load_state_dict(random_tensors(shapes, seed, model.dtype))
+    net.name = "random weights"
+    return net.eval()
 
 
 def random_model_of(kind: str, dtype: torch.dtype) -> StableDiffusion:
@@ -189,6 +201,35 @@ def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
         )
     unet.load_state_dict(hub_tensors(model)["unet"], strict=True, assign=assign)
     return unet.eval()
+
+
+def hub_controlnet(net: ControlNet) -> dict[str, Tensor]:
+    """A ControlNet's weights under the Hub's names. No copies."""
+    tensors = net.state_dict()
+    return {
+        h: tensors[n] for n, h in names.controlnet_to_hub(tensors, net.config, len(net.config.hint_widths)).items()
+    }
+
+
+def diffusers_controlnet(net: ControlNet) -> Any:
+    """diffusers' ControlNetModel with the same weights, in the same memory."""
+    c = net.config
+    attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
+    with torch.device("meta"):
+        theirs = diffusers().ControlNetModel(
+            in_channels=c.in_channels,
+            conditioning_channels=c.hint_channels,
+            block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
+            layers_per_block=c.num_res_blocks,
+            cross_attention_dim=c.context_dim,
+            attention_head_dim=c.num_heads,
+            norm_num_groups=c.num_groups,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            conditioning_embedding_out_channels=c.hint_widths,
+            global_pool_conditions=c.global_pool,
+        )
+    theirs.load_state_dict(hub_controlnet(net), strict=True, assign=True)
+    return theirs.eval()
 
 
 def diffusers_vae(model: StableDiffusion) -> Any:
@@ -300,10 +341,10 @@ def diffusers_scheduler(scheduler: str | Scheduler) -> Any:
     return made
 
 
-def diffusers_pipeline(model: StableDiffusion, kind: str, scheduler: Any, text: bool = True) -> Any:
+def diffusers_pipeline(model: StableDiffusion, kind: str, scheduler: Any, text: bool = True, **parts: Any) -> Any:
     """One of diffusers' pipelines with the same weights, in the same memory, and this scheduler.
 
-    Without `text`, it takes embeddings in place of texts.
+    Without `text`, it takes embeddings in place of texts. parts: what it has beside those of a model.
     """
     with without_notices():
         pipe = getattr(diffusers(), kind)(
@@ -315,6 +356,7 @@ def diffusers_pipeline(model: StableDiffusion, kind: str, scheduler: Any, text: 
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **parts,
         )
     pipe.register_modules(scheduler=scheduler)  # not before: the pipeline would put 1 for its steps_offset
     return pipe

@@ -7,7 +7,7 @@ The peak of each stage is predicted from shapes, by counting the tensors that ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -47,6 +47,7 @@ class Job:
     tokens: int = 77  # of a prompt
     adapting: Sequence[Adapting] = (Adapting(), Adapting())  # of the UNet, of the text encoder
     tiny: bool = False  # the VAE is TAESD, which is not cut
+    hints: tuple[tuple[int, ...], ...] = ()  # of each ControlNet, the widths through which its picture passes
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class MemoryPlan:
         job, peaks = self.job, self.peaks
         share = self.kept / job.streamable if job.streamable else 1
         stored = sum(choice.hidden for choice in self.choices)
+        nets = f", {len(job.hints)} ControlNet{'s' * (len(job.hints) > 1)}" if job.hints else ""
         lines = [
-            f"{job.width} x {job.height}, {job.batch} at once, guidance {'on' if job.guidance else 'off'}",
+            f"{job.width} x {job.height}, {job.batch} at once, guidance {'on' if job.guidance else 'off'}{nets}",
             f"text   {mb(peaks['text'])}",
             f"UNet   {mb(peaks['UNet'])}  {share:.0%} of its weights kept, the rest in pieces of "
             f"{mb(self.piece * job.itemsize).strip()}"
@@ -173,26 +175,54 @@ def text_peak(plan: MemoryPlan) -> int:
 
 
 def unet_peak(plan: MemoryPlan) -> int:
-    """The largest of its layers', on top of the skips that wait, and of the text's keys, values and embeddings."""
+    """The largest of its layers', on top of the skips that wait, and of the text's keys, values and embeddings.
+
+    ControlNets run before the UNet. Their layers are those on its way down; what they add waits beside them, and
+    beside the UNet's. Their pictures pass before the first call of all.
+    """
     job = plan.job
     batch = job.batch * (2 if job.guidance and not plan.halves else 1)
-    largest = max(batch * alive for alive in unet_layers(job, plan.piece // batch))
-    widths = [job.unet.model_channels * m for m in job.unet.channel_mult]
-    levels = list(enumerate(widths))
-    blocks = 2 * job.unet.num_res_blocks + 1
-    attending = sum(blocks * c for i, c in levels if 2**i in job.unet.attention_resolutions) + widths[-1]
-    texts = 2 * job.tokens * attending * job.batch * (1 + job.guidance)
-    times = (job.steps + 1) * (sum(blocks * c for c in widths) + 2 * widths[-1])
+    area = latent_area(job)
+    levels = list(enumerate(job.unet.model_channels * m for m in job.unet.channel_mult))
+    inputs, (middle,), outputs = topology(job.unet)
+    parts = [part for block in [*inputs, middle, *outputs] for part in block]
+    parts += len(job.hints) * [part for block in [*inputs, middle] for part in block]
+    texts = sum(2 * part.channels * job.unet.transformer_depth for part in parts if part.kind == "transformer")
+    texts *= job.tokens * job.batch * (1 + job.guidance)
+    times = (job.steps + 1) * sum(part.out_channels for part in parts if part.kind == "res")
     latents = 8 * job.batch * job.unet.in_channels * job.height * job.width // 64
     weights = 0 if plan.kept >= job.streamable else 2 * plan.piece  # the buffer, and what the kernel makes of it
+    # All that ControlNets add, once; where there are several, what one more adds, and the sum of both.
+    added = sum(skip_sizes(job)) + levels[-1][1] * area(levels[-1][0])
+    controls = batch * added * min(3, len(job.hints) ** 2)
+    hints = len(job.hints) * batch * job.unet.model_channels * area(0)
+    largest = max(batch * alive for alive in unet_layers(job, plan.piece // batch)) + controls + hints
+    largest = max([largest, *(hint_peak(job, widths) + hints for widths in job.hints)])
     return job.itemsize * (largest + texts + times + latents + weights) + plan.kept + plan.adding(0)
+
+
+def hint_peak(job: Job, widths: tuple[int, ...]) -> int:
+    """Of a picture at its own size: what goes into a convolution, what comes out, and its own copies of both."""
+    return 4 * max(widths[0], 3) * job.height * job.width
+
+
+def latent_area(job: Job) -> Callable[[int], int]:
+    """From a level, which is 0 for the latent's own resolution, to its pixels."""
+    f = job.vae.downsampling
+    h, w = -(-job.height // f), -(-job.width // f)
+    return lambda level: -(-h // 2**level) * -(-w // 2**level)
+
+
+def skip_sizes(job: Job) -> list[int]:
+    """Elements of the output of each input block, for a batch of one."""
+    area = latent_area(job)
+    return [parts[-1].out_channels * area(parts[-1].out_level) for parts in topology(job.unet)[0]]
 
 
 def unet_layers(job: Job, piece: int) -> Iterator[int]:
     """Elements alive at once in each block of the UNet, for a batch of one."""
-    c, f = job.unet, job.vae.downsampling
-    h, w = -(-job.height // f), -(-job.width // f)
-    areas = [(-(-h // 2**i)) * (-(-w // 2**i)) for i in range(len(c.channel_mult))]
+    c, area_of = job.unet, latent_area(job)
+    areas = [area_of(level) for level in range(len(c.channel_mult))]
 
     def res(cin: int, cout: int, area: int) -> int:
         # The input, its norm and the result; the convolution's own copies of the latter two, by blocks.

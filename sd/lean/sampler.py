@@ -7,11 +7,11 @@ decodes by bands (`bands.py`), as a plan says (`plan.py`). Text encoder, UNet an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..adapt.adapters import Adapted
+from ..adapt.controlnet import ControlNet
 from ..adapt.taesd import TinyVAE
 from ..attention import BasicTransformerBlock
 from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
-from ..pictures import beside
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, announced, finished, guide
 from ..speed.malloc import trim
 from ..unet import ResBlock, UNet, timestep_embedding
@@ -53,11 +53,14 @@ class LeanSampler(SimpleSampler):
 
     # ---- the plan
 
-    def job(self, height: int, width: int, batch: int, guidance: bool, steps: int) -> Job:
+    def job(
+        self, height: int, width: int, batch: int, guidance: bool, steps: int, nets: Sequence[ControlNet] = ()
+    ) -> Job:
         model, itemsize = self.model, self.model.dtype.itemsize
         weights = Weights(model.dtype, model.device)
         weights.patch(model.unet, patches_of(model.unet))
-        streamable = sum(w.numel() for w in large_weights(model.unet) if not weights.ready(w))
+        networks: list[UNet | ControlNet] = [model.unet, *nets]
+        streamable = sum(w.numel() for network in networks for w in large_weights(network) if not weights.ready(w))
         return Job(
             model.unet.config,
             model.vae.config,
@@ -72,6 +75,7 @@ class LeanSampler(SimpleSampler):
             itemsize * streamable,
             adapting=[cost_of(patches_of(part), itemsize) for part in (model.unet, model.text.model)],
             tiny=isinstance(model.vae, TinyVAE),
+            hints=tuple(net.config.hint_widths for net in nets),
         )
 
     def available(self) -> int:
@@ -79,7 +83,8 @@ class LeanSampler(SimpleSampler):
 
     def make_plan(self, request: Request) -> MemoryPlan:
         guidance, steps = request.negative is not None, len(request.timesteps)
-        job = self.job(request.height, request.width, len(request.context), guidance, steps)
+        nets = [control.net for control in request.controls]
+        job = self.job(request.height, request.width, len(request.context), guidance, steps, nets)
         return plan_memory(replace(job, tokens=request.context.shape[1]), self.available())
 
     def plan(self, prompt: Prompt | None = None, **options: Any) -> MemoryPlan:
@@ -104,30 +109,33 @@ class LeanSampler(SimpleSampler):
         weights = weights_on(self.model.device, self.model.dtype, plan.piece, self.tidier(plan.peaks["UNet"]))
         contexts = [request.context] if request.negative is None else [request.negative, request.context]
         with self.stage("UNet", plan):
-            lean = LeanUNet(self.model, weights, request, contexts)
-            weights.keep(large_weights(lean.unet), plan.kept)
-        unet = beside(lean, request.beside)
+            lean = LeanNetwork(self.model.unet, weights, request, contexts, self.model.adapters)
+            nets = [LeanNetwork(control.net, weights, request, contexts) for control in request.controls]
+            weights.keep((w for net in (lean, *nets) for w in large_weights(net.network)), plan.kept)
+        controls = tuple(replace(c, net=net) for c, net in zip(request.controls, nets, strict=True))
+        unet = self.around(lean, replace(request, controls=controls))
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             with self.stage("UNet", plan):
                 if request.negative is None:
                     with announced(half="cond"):
-                        return unet(x, t, slice(0, 1))
+                        return unet(x, t, Parts(0, 1))
                 if plan.halves:
                     with announced(half="uncond"):
-                        away = unet(x, t, slice(0, 1))
+                        away = unet(x, t, Parts(0, 1))
                     with announced(half="cond"):
-                        towards = unet(x, t, slice(1, 2))
+                        towards = unet(x, t, Parts(1, 2))
                 else:
                     with announced(half="both"):
-                        away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), slice(0, 2)).chunk(2)
+                        away, towards = unet(torch.cat([x, x]), torch.cat([t, t]), Parts(0, 2)).chunk(2)
                 return guide(away, towards, *request.guidance)
 
         try:
             yield denoiser
         finally:
             weights.release()
-            lean.ops.known.clear()
+            for network in (lean, *nets):
+                network.ops.known.clear()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "pil") -> list[Image.Image] | Tensor:
@@ -208,18 +216,36 @@ class LeanSampler(SimpleSampler):
             raise ValueError(f"The device ran out of memory in the {name} ({needs}): {advice}.") from None
 
 
-class LeanUNet:
-    """The UNet with streamed weights, for the prompts and the timesteps of one request.
+class Parts(NamedTuple):
+    """Which of a request's contexts a call is for; it stands where the textbook has the contexts themselves."""
+
+    start: int
+    stop: int
+
+    def chunk(self, count: int) -> list[Parts]:
+        step = (self.stop - self.start) // count
+        return [Parts(a, a + step) for a in range(self.start, self.stop, step)]
+
+
+class LeanNetwork:
+    """The UNet, or a ControlNet, with streamed weights, for the prompts and the timesteps of one request.
 
     What depends on the time alone, or on the text alone, is computed once, here; those weights are not needed again.
     Another request has other prompts and timesteps, so it makes another one of these.
     """
 
-    def __init__(self, model: StableDiffusion, weights: Weights, request: Request, contexts: list[Tensor]):
-        self.ops, self.adapters, self.contexts = Streamed(weights), model.adapters, contexts
-        with at_rest(model.unet):  # another thread may draw with it for the first time
-            self.unet = copy_of(model.unet, self.ops)
-            weights.patch(self.unet, patches_of(model.unet))
+    def __init__(
+        self,
+        network: UNet | ControlNet,
+        weights: Weights,
+        request: Request,
+        contexts: list[Tensor],
+        adapters: Sequence[Any] = (),
+    ):
+        self.ops, self.original, self.adapters, self.contexts = Streamed(weights), network, adapters, contexts
+        with at_rest(network):  # another thread may draw with it for the first time
+            self.network = copy_of(network, self.ops)
+            weights.patch(self.network, patches_of(network))
         self.images = len(contexts[0])
         self.timesteps = torch.tensor(request.timesteps, dtype=torch.float32, device=weights.device).unique()
         self.row = {t: i for i, t in enumerate(self.timesteps.tolist())}
@@ -235,24 +261,33 @@ class LeanUNet:
         def layer_of(layer: Any, x: Tensor) -> Tensor:
             return streamed_linear(self.ops, layer, x)
 
-        first, _, last = self.unet.time_embed
+        first, _, last = self.network.time_embed
         with torch.no_grad():
             self.texts: dict[nn.Module, Tensor] = {
                 layer: torch.cat([layer_of(layer, context) for context in self.contexts])  # (parts*B, 77, C)
-                for block in self.unet.modules()
+                for block in self.network.modules()
                 if isinstance(block, BasicTransformerBlock)
                 for layer in (block.attn2.to_k, block.attn2.to_v)
             }
-            wave = timestep_embedding(self.timesteps, self.unet.config.model_channels).to(self.ops.weights.dtype)
+            wave = timestep_embedding(self.timesteps, self.network.config.model_channels).to(self.ops.weights.dtype)
             emb = layer_of(last, F.silu(layer_of(first, wave)))
             self.times: dict[nn.Module, Tensor] = {first: wave, last: emb}  # (timesteps, C)
-            blocks = [block for block in self.unet.modules() if isinstance(block, ResBlock)]
+            blocks = [block for block in self.network.modules() if isinstance(block, ResBlock)]
             self.times |= {b.emb_layers[1]: layer_of(b.emb_layers[1], F.silu(emb)) for b in blocks}
         self.ops.known = {layer: partial(self.of_text, layer) for layer in self.texts}
         self.ops.known |= {layer: partial(self.of_time, layer) for layer in self.times}
 
     def scales_now(self) -> list[dict[str, float]]:
         return [adapter.scales for adapter in self.adapters]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)  # a ControlNet's config and files
+
+    def hint(self, pictures: Tensor) -> Tensor:
+        """Of a ControlNet: one picture at a time."""
+        block: Any = self.network.input_hint_block
+        place = self.ops.weights.device, self.ops.weights.dtype
+        return torch.cat([block(picture.to(*place)) for picture in pictures.split(1)])
 
     def keep_up(self) -> None:
         """Where `sd.study.scale` has changed how much of a LoRA is added, all that was computed with it is stale."""
@@ -269,19 +304,18 @@ class LeanUNet:
         self.keep_up()
         return self.times[layer][self.now].expand(self.rows.stop - self.rows.start, -1)
 
-    def __call__(self, x: Tensor, t: Tensor, parts: slice) -> Tensor:
-        """parts: which of the contexts x stands for."""
+    def __call__(self, x: Tensor, t: Tensor, parts: Parts, *more: Any, **named: Any) -> Any:
+        """parts: which of the contexts x stands for; more: what the network takes beside them."""
         self.rows = slice(parts.start * self.images, parts.stop * self.images)
         self.now = self.row[t[0].item()]
-        return self.unet(x, t, x)  # the context is not looked at
+        return self.network(x, t, x, *more, **named)  # the context is not looked at
 
 
-def large_weights(unet: UNet) -> Iterator[Tensor]:
+def large_weights(network: UNet | ControlNet) -> Iterator[Tensor]:
     """The weights that every step needs, in order of the modules."""
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and not any(
-            part in name for part in ("attn2.to_k", "attn2.to_v", "emb_layers", "time_embed")
-        ):
+    once = ("attn2.to_k", "attn2.to_v", "emb_layers", "time_embed", "input_hint_block")
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not any(part in name for part in once):
             yield module.weight
 
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapt.controlnet import ControlNet
 from ..operations import Attention, NormSiLUConvolution, Operations, copy_of
 from ..sampler import announced
 from ..unet import UNet
@@ -28,6 +30,7 @@ from ..weights.unread import at_rest
 from .ranks import Ranks
 
 Span = tuple[int, int]
+Network = TypeVar("Network", UNet, ControlNet)
 
 
 class Resolution:
@@ -223,22 +226,52 @@ def rows_of_norm(ops: CutByRows, layer: nn.GroupNorm, x: Tensor) -> Tensor:
 CutByRows.layers = {nn.Conv2d: rows_of_conv, nn.GroupNorm: rows_of_norm}
 
 
-def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The UNet for latents of this size: x, t, context -> the noise in x, whole tensors on every rank."""
+def cut_by_rows(network: Network, ranks: Ranks, height: int, width: int) -> tuple[Network, Resolution]:
+    """A copy of the UNet, or of a ControlNet, for latents of this size, and their resolution."""
     cuts = [i * height // len(ranks) for i in range(len(ranks) + 1)]
     resolutions = [Resolution(ranks, cuts, width)]
-    for _ in unet.config.channel_mult[1:]:
+    for _ in network.config.channel_mult[1:]:
         cuts = [-(-cut // 2) for cut in cuts]  # so that a rank's rows and their halves belong together
         width = -(-width // 2)
         resolutions.append(Resolution(ranks, cuts, width))
-    with at_rest(unet):  # another thread may be calling it for the first time
-        copied = copy_of(unet, CutByRows(resolutions, start=0))
+    with at_rest(network):  # another thread may be calling it for the first time
+        return copy_of(network, CutByRows(resolutions, start=0)), resolutions[0]
 
-    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+
+def rows_of_unet(unet: UNet, ranks: Ranks, height: int, width: int) -> Callable[..., Tensor]:
+    """The UNet for latents of this size: x, t, context -> the noise in x, whole tensors on every rank.
+
+    What a ControlNet adds is this rank's rows alone, as `RowsOfControlNet` gives it.
+    """
+    copied, finest = cut_by_rows(unet, ranks, height, width)
+
+    def call(x: Tensor, t: Tensor, context: Tensor, **more: Any) -> Tensor:
         with announced(whole=False):
-            return resolutions[0].gather(copied(x, t, context))
+            return finest.gather(copied(x, t, context, **more))
 
     return call
+
+
+class RowsOfControlNet:
+    """A ControlNet for latents of this size: what is added on this rank's rows."""
+
+    def __init__(self, net: ControlNet, ranks: Ranks, height: int, width: int):
+        if net.config.global_pool:
+            raise ValueError(
+                f"The ControlNet {net.name} adds means over the whole picture, and a rank has only some of its rows: "
+                "split by image or guidance."
+            )
+        self.net, self.config, self.files = net, net.config, net.files
+        self.copied, self.finest = cut_by_rows(net, ranks, height, width)
+
+    def hint(self, pictures: Tensor) -> Tensor:
+        """Computed whole on every rank, once, of which each takes its own rows."""
+        a, b = self.finest.span
+        return self.net.hint(pictures)[:, :, a:b]
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
+        with announced(whole=False):
+            return self.copied(x, t, context, hint)
 
 
 def rows_of_vae(vae: VAE, ranks: Ranks, height: int, width: int) -> Callable[[Tensor], Tensor]:

@@ -11,9 +11,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from ..adapt.taesd import TinyVAE
 from ..model import StableDiffusion
-from ..pictures import beside
+from ..pictures import Control
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, Step, announced, finished, guide, guided, with_text
 from ..speed.malloc import keep
 from ..unet import UNetConfig, topology
 from ..weights.unread import computes_in, read_weights
 from .pulse import drawing, waiting, watch
 from .ranks import Ranks, Traffic, agree, connect, lost, world
-from .rows import rows_of_unet, rows_of_vae
+from .rows import RowsOfControlNet, rows_of_unet, rows_of_vae
 
 
 class Split(NamedTuple):
@@ -119,6 +120,7 @@ class ParallelSampler(SimpleSampler):
         self.asked = None if split is None else split_of(split)
         self.timeout = timeout
         self.traffic = Traffic()  # of this rank, but for the pictures' and the steps' own
+        self._nets: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # ControlNet -> digest of its weights
         connect(self.model.device)
         watch(timeout)
         if world()[1] > 1 and model.device.type == "cpu":
@@ -173,11 +175,14 @@ class ParallelSampler(SimpleSampler):
             raise ValueError("Ranks only draw together: for anything else, such as sd.invert, take sd.SimpleSampler.")
         split, place = request.split, request.split.place(world()[0])
         assert place is not None
-        unet: Callable[[Tensor, Tensor, Tensor], Tensor] = self.model.unet
+        unet: Callable[..., Tensor] = self.model.unet
         if split.rows > 1:
             members = [split.rank(place.image, place.guidance, r) for r in range(split.rows)]
-            unet = rows_of_unet(self.model.unet, Ranks(members, self.traffic), *self.latent_shape(request)[1:])
-        unet = beside(unet, request.beside)
+            cut = Ranks(members, self.traffic), *self.latent_shape(request)[1:]
+            unet = rows_of_unet(self.model.unet, *cut)
+            controls = (replace(control, net=RowsOfControlNet(control.net, *cut)) for control in request.controls)
+            request = replace(request, controls=tuple(controls))
+        unet = self.around(unet, request)
         if request.negative is None:
             yield with_text(unet, request.context)
         elif split.guidance == 1:
@@ -250,9 +255,17 @@ class ParallelSampler(SimpleSampler):
             "the size": f"{request.width} x {request.height}",
             "the seeds": digest(request.seeds, request.rng, request.latents),
             "the pictures": digest(*vars(request.pictures).values()) if request.pictures else "",
+            "the ControlNets": digest(*(part for control in request.controls for part in self.told(control))),
             "the scheduler": f"{type(scheduler).__name__} of {digest(scheduler)}",
             "the dtype": self.model.dtype,
         }
+
+    def told(self, control: Control) -> tuple[Any, ...]:
+        """What is to be the same of a ControlNet on every rank: its weights (once) and its arguments."""
+        if control.net not in self._nets:
+            read_weights(control.net)
+            self._nets[control.net] = digest(*control.net.state_dict().values())
+        return (self._nets[control.net], *(value for name, value in vars(control).items() if name != "net"))
 
 
 def load_together(read: Callable[[], StableDiffusion], device: torch.device) -> StableDiffusion:
@@ -301,6 +314,7 @@ def part(request: Request, images: range, split: Split) -> Portion:
         "seeds": request.seeds[cut],
         "latents": None if request.latents is None else request.latents[cut],
         "pictures": None if request.pictures is None else request.pictures.part(cut),
+        "controls": tuple(control.part(cut) for control in request.controls),
     }
     return Portion(**vars(request) | own, split=split)
 

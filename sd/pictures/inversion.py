@@ -61,6 +61,10 @@ def invert(
     for name in ("scheduler", "strength", "eta", "mask_image", "latents", "num_images_per_prompt"):
         if name in call:
             raise ValueError(f"sd.invert takes no argument {name}: it takes all steps of ddim back, of one picture.")
+    if call.get("controlnet") is not None:
+        raise ValueError(
+            "sd.invert takes no argument controlnet: it knows of no steps in which one acts; leave it out."
+        )
     if sampler.model.unet.config.in_channels != 4:
         raise ValueError("Weights for inpainting are told a mask, too: invert with weights of 4 channels.")
     fixed = {"scheduler": "ddim", "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}

@@ -22,7 +22,7 @@ from .given import Pictures
 
 Encode = Callable[[Tensor, tuple[int, ...], Tensor], Tensor]  # pictures, which for each image, unit noise -> latents
 Restore = Callable[[int, Tensor], Tensor]  # after step i: x -> x, with what is to stay put back
-Network = Callable[[Tensor, Tensor, Any], Tensor]
+Network = Callable[..., Tensor]  # x, t, context, and what a ControlNet adds
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def beside(unet: Network, channels: Tensor | None) -> Network:
     if channels is None:
         return unet
 
-    def call(x: Tensor, t: Tensor, context: Any) -> Tensor:
-        return unet(torch.cat([x, channels.repeat(len(x) // len(channels), 1, 1, 1)], dim=1), t, context)
+    def call(x: Tensor, t: Tensor, context: Any, **more: Any) -> Tensor:
+        return unet(torch.cat([x, channels.repeat(len(x) // len(channels), 1, 1, 1)], dim=1), t, context, **more)
 
     return call

@@ -26,12 +26,15 @@ from .malloc import keep
 from .operations import Fast
 from .packed import onednn
 
-Part = TypeVar("Part", UNet, VAE)
+Part = TypeVar("Part", bound=nn.Module)  # the UNet, the VAE, or a ControlNet
+Model = TypeVar("Model", StableDiffusion, nn.Module)
 SMALL = 1 << 15  # elements of a weight that is converted at once
 
 
-def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = True) -> StableDiffusion:
+def fast(model: Model, *, compile: bool = False, extra_memory: bool = True) -> Model:
     """A model that computes what `model` computes, faster, up to rounding: for inference, no gradients flow.
+
+    A ControlNet can be given as well, and is drawn with like any other.
 
     It shares the parameters of `model`, which stays as it is, and has its state_dict names. Weights are prepared when
     a layer is first used, and again after they have been changed in place. On the CPU in float32, and in bfloat16 on
@@ -51,6 +54,8 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
     or on the textbook model. Changes of weights that PyTorch does not count (through `.data`, load_state_dict with
     assign=True) are not noticed: take `fast` of the changed model.
     """
+    if isinstance(model, nn.Module):
+        return fast_part(model, compile, extra_memory)
     unet, vae = fast_part(model.unet, compile, extra_memory), fast_part(model.vae, compile, extra_memory)
     if extra_memory and model.device.type == "cpu":
         keep()
@@ -58,7 +63,7 @@ def fast(model: StableDiffusion, *, compile: bool = False, extra_memory: bool = 
 
 
 def fast_part(part: Part, compile: bool, extra_memory: bool) -> Part:
-    """A fast copy of the UNet or of the VAE; of the textbook's operations, where those are not faster."""
+    """A fast copy of the UNet, the VAE or a ControlNet; of the textbook's operations, where those are not faster."""
     device, dtype = computes_in(part)
     packs = extra_memory and device.type == "cpu" and onednn(torch.empty(0, dtype=dtype))
     if not packs:
@@ -83,7 +88,7 @@ def small_in(part: nn.Module, dtype: torch.dtype) -> None:
     for products of a row or two are not worth packing. By the first small one others tell what a part computes in.
     """
     for module in part.modules():
-        if isinstance(module, UNet):
+        if hasattr(module, "time_embed"):  # the UNet, or a ControlNet
             module.time_embed.to(dtype)
         elif isinstance(module, ResBlock):
             module.emb_layers.to(dtype)
@@ -92,24 +97,31 @@ def small_in(part: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
 
 
-def on_cuda(part: UNet | VAE, compile: bool, extra_memory: bool) -> None:
+def on_cuda(part: nn.Module, compile: bool, extra_memory: bool) -> None:
     """The UNet's convolutions with channels last, and its calls as graphs; compiled, elementwise work is fused, too.
 
-    With channels last the VAE decodes slower: 27 ms against 22 in float16, 512 x 512, on an H200.
+    With channels last the VAE decodes slower: 27 ms against 22 in float16, 512 x 512, on an H200. A ControlNet's
+    calls are not recorded, nor are the UNet's beside one.
     """
-    if extra_memory and isinstance(part, UNet):  # a copy of the convolutions' weights
+    if extra_memory and not isinstance(part, VAE):  # a copy of the convolutions' weights
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if not compile:
+        if not compile and isinstance(part, UNet):
             part.__dict__["forward"] = Graphed(part)
-    if compile:
+    if compile and isinstance(part, UNet | VAE):
         module = part if isinstance(part, UNet) else part.decoder
         graph = torch.compile(module.forward, mode="max-autotune")
         # A copy, because the next call writes its result to the same place.
         module.__dict__["forward"] = lambda *args, **kwargs: graph(*args, **kwargs).clone()
 
 
-def at_the_border(part: UNet | VAE) -> None:
-    """What leaves a part lies in memory as the textbook's does, and no gradients flow through it."""
+def at_the_border(part: nn.Module) -> None:
+    """What leaves a part lies in memory as the textbook's does, and no gradients flow through it.
+
+    What a ControlNet gives stays as it lies, for a UNet that has its channels last as well.
+    """
+    if not isinstance(part, UNet | VAE):
+        part.__dict__["forward"] = torch.no_grad()(part.forward)
+        return
     for module in part.children() if isinstance(part, VAE) else (part,):
         module.__dict__["forward"] = partial(contiguous, module.forward)
 

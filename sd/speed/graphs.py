@@ -37,7 +37,7 @@ class Graphed:
     def __reduce__(self) -> Any:
         return Graphed, (self.unet,)  # a graph belongs to one process, and to the weights that it reads
 
-    def forward(self, *given: Tensor, **more: Any) -> Tensor:
+    def forward(self, *given: Any, **more: Any) -> Tensor:
         return type(self.unet).forward(self.unet, *given, **more)
 
     @cached_property

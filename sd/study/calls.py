@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,10 +25,11 @@ def model_of(model: Any) -> StableDiffusion:
 
 
 @contextmanager
-def listen(model: StableDiffusion) -> Iterator[Now]:
+def listen(model: StableDiffusion, nets: Iterable[nn.Module] = ()) -> Iterator[Now]:
     """Within the block, a function that says which call of the UNet is under way in this thread, or None.
 
     A call that no sampler announced is a run of its own: step 0, and all rows are told what to draw.
+    nets: ControlNets, whose calls count as well; they come before the UNet's.
     """
     under_way: dict[int, list[Call]] = {}  # of each thread
 
@@ -49,10 +50,10 @@ def listen(model: StableDiffusion) -> Iterator[Now]:
         calls = under_way.get(threading.get_ident())
         return calls[-1] if calls else None
 
-    handles = [
-        model.unet.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-        model.unet.register_forward_hook(leave, always_call=True),  # after the hooks that are there already
-    ]
+    handles = []
+    for network in (model.unet, *nets):
+        handles.append(network.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        handles.append(network.register_forward_hook(leave, always_call=True))  # after the hooks that are there
     try:
         yield now
     finally:

@@ -36,18 +36,31 @@ class Here:
 Edit = Callable[[Any, Here], Any]
 
 
-def names(model: Any, pattern: str = "*", *, vae: bool = True, text: bool = True) -> dict[str, nn.Module]:
+def names(
+    model: Any, pattern: str = "*", *, vae: bool = True, text: bool = True, controlnet: Any = None
+) -> dict[str, nn.Module]:
     """Every module that `edit` can reach, by name: those of the UNet as they are, "vae." and "text." before others.
 
     The parts themselves are "unet", "vae" and "text". `pattern`, as of `edit`: only those that it is on; with
-    ".attend" at its end, the attentions whose probabilities it is on.
+    ".attend" at its end, the attentions whose probabilities it is on. controlnet: as of `edit`.
     """
     model = model_of(model)
     parts = {"unet": model.unet} | {name: m for name, m in model.unet.named_modules() if name}
     for part, root in (("vae", model.vae), ("text", model.text.model)):
         if vae if part == "vae" else text:
             parts |= {f"{part}.{name}".rstrip("."): m for name, m in root.named_modules()}
+    for i, net in enumerate(nets_of(controlnet)):
+        part = f"control.{i}" if isinstance(controlnet, list | tuple) else "control"
+        parts |= {f"{part}.{name}".rstrip("."): m for name, m in net.named_modules()}
     return _matching(parts, pattern)
+
+
+def nets_of(controlnet: Any) -> list[nn.Module]:
+    """The ControlNets of an argument of a sampler: one, a list of them, or None."""
+    nets = list(controlnet) if isinstance(controlnet, list | tuple) else [] if controlnet is None else [controlnet]
+    if odd := [net for net in nets if not isinstance(net, nn.Module)]:
+        raise ValueError(f"controlnet must be what sd.load_controlnet gives, or a list of such, not {odd[0]!r}.")
+    return nets
 
 
 def _matching(known: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Module]:
@@ -60,7 +73,7 @@ def nobody() -> None:
 
 
 @contextmanager
-def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
+def edit(model: Any, edits: Mapping[str, Edit], *, controlnet: Any = None) -> Iterator[None]:
     """Within the block, functions see what modules return, and may return something else in its place.
 
         with edit(model, {"middle_block": lambda out, at: 1.5 * out}):
@@ -72,13 +85,15 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
             have the wildcards * ? [ ], as "input_blocks.4.1.*.attn2"; `names` lists them. With ".attend" after the
             name of an attention, the function gets its probabilities (B, heads, queries, keys) before they are
             multiplied with the values. Several functions on one module run in the order given.
+    controlnet   as a sampler is given it, for edits on its modules: "control.zero_convs.3" is what it adds to the
+            UNet's fourth skip; of a list, "control.0.zero_convs.3"
 
     No hook is left behind, also after an exception. Raises ValueError for a name that there is not, a result of
     another shape, and an output written into but not returned (not seen under torch.inference_mode). Warns
     (UserWarning) of a function that never ran, as one on a module that is done without.
     """
     model = model_of(model)
-    known = names(model, text=any(p.split(".")[0] == "text" for p in edits))
+    known = names(model, text=any(p.split(".")[0] == "text" for p in edits), controlnet=controlnet)
     ran = dict.fromkeys(edits, False)
 
     def apply(pattern: str, name: str, inputs: tuple[Any, ...], out: Any) -> Any:
@@ -123,7 +138,9 @@ def edit(model: Any, edits: Mapping[str, Edit]) -> Iterator[None]:
                     stack.callback(module.register_forward_hook(on_output(pattern, name)).remove)
         for name, changes in attends.items():
             stack.enter_context(around_attention(known[name], changes=changes))
-        now = stack.enter_context(listen(model))  # last: hooks on the UNet itself still belong to its call
+        now = stack.enter_context(
+            listen(model, nets_of(controlnet))
+        )  # last: hooks on the UNet itself still belong to its call
         yield
     for pattern, did in ran.items():
         if not did:

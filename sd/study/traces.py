@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..files import parse_json
 from ..image import model_name, to_pil
+from ..pictures import told_of_controls
 from ..sampler import Call, Step
 from ..scheduler import scheduler_name
 from ..vae import VAE
@@ -190,6 +191,8 @@ def trace(sampler: Any, prompt: Any = None, *, progress: Callable[..., Any] | No
     }
     if request.pictures is not None:
         settings["strength"] = request.pictures.strength
+    if request.controls:
+        settings |= told_of_controls(request.controls)
     return Trace(
         timesteps=torch.tensor(request.timesteps, dtype=torch.float32),
         latents=latents,

@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import printable
+from ..files import PlainError, printable
 from . import names
 from .configs import PARTS, LoadError
+from .controlnets import find_controlnet
 from .embeddings import OF_SDXL, bundles_words, holds_words, read_words
+from .layout import OtherLayoutError
 from .source import METADATA, Source, find, modules, refuse_other_kinds
 from .vaes import FoundVAE, find_vae
 
+CONTROLNET = "ControlNet"  # stands among the parts of a source
 MEANS = {"epsilon": "the noise (epsilon)", "v_prediction": "the velocity (v)", "sample": "the clean latents"}
 
 
@@ -31,9 +34,16 @@ def info(
 
     `problem` says why `load` refuses it; it is None where `load` takes it (a tokenizer may be missing all the same).
     """
+    how: dict[str, Any] = {"revision": revision, "variant": variant, "token": token, "look": True}
     try:
-        found = find(source, revision=revision, variant=variant, token=token, look=True)
-    except LoadError as error:
+        found = find(source, **how)
+    except (LoadError, OtherLayoutError) as error:
+        looks_further = isinstance(error, OtherLayoutError) or os.path.isdir(source)
+        facts = facts_of_controlnet(source, str(error), **how) if looks_further else None
+        if facts is not None:
+            return facts
+        if isinstance(error, OtherLayoutError):
+            raise
         found = vae_folder(source, error)
     problem = found.problem
     if problem is None:
@@ -49,6 +59,8 @@ def info(
         found.parts, found.configs = of_vae(vae), {"vae": vae.config}
     tensors = found.tensors or {f"{p}.{n}": t for p, ts in found.parts.items() for n, t in ts.items()}
     prefixed = found.tensors or {names.PREFIXES[p] + n: t for p, ts in found.parts.items() for n, t in ts.items()}
+    if names.kind_of(prefixed) == "ControlNet" and (facts := facts_of_controlnet(source, str(problem), **how)):
+        return facts
     configs = dict(found.configs)
     for part, (_, infer) in PARTS.items():
         if part not in configs and found.parts[part]:
@@ -56,14 +68,6 @@ def info(
                 configs[part] = infer(found.parts[part])
             except (KeyError, IndexError, ValueError, ZeroDivisionError):
                 configs[part] = {}
-
-    def sums(ts: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {
-            "tensors": len(ts),
-            "parameters": sum(t.numel() for t in ts.values()),
-            "bytes": sum(t.numel() * t.element_size() for t in ts.values()),
-            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in ts.values()}),
-        }
 
     return {
         "source": found.name,
@@ -128,6 +132,44 @@ def words_in(found: Source) -> list[dict[str, Any]]:
     return [{"names": [w.name, *w.also], "vectors": len(w.vectors), "width": w.vectors.shape[1]} for w in words]
 
 
+def sums(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many there are of tensors, parameters and bytes, and of which types."""
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+    }
+
+
+def facts_of_controlnet(source: Any, problem: str, **how: Any) -> dict[str, Any] | None:
+    """What `info` says of a ControlNet; None where there is none.
+
+    `difference` says whether its tensors are to be added to those of a UNet.
+    """
+    try:
+        found = find_controlnet(source, **how)
+    except PlainError:
+        return None
+    return {
+        "source": found.name,
+        "form": found.form,
+        "kind": "ControlNet",
+        "total": sums(found.tensors),
+        "parts": {CONTROLNET: sums(found.tensors) | {"config": {**found.inferred, **found.told}}},
+        "words": [],
+        "difference": found.difference,
+        "ema": False,
+        "tokenizer": False,
+        "image_size": None,
+        "prediction_type": None,
+        "defaults": None,
+        "unknown": [],
+        "problem": problem,
+        "metadata": found.metadata,
+    }
+
+
 def format_info(facts: Mapping[str, Any]) -> str:
     """What `info` found, for people."""
     total = facts["total"]
@@ -140,12 +182,14 @@ def format_info(facts: Mapping[str, Any]) -> str:
         lines.append(f"a word        {called}: {count} vector{'s' * (count > 1)} of {word['width']} numbers")
     for part, p in facts["parts"].items():
         lines.append(
-            f"{names.PARTS[part]:13} {p['parameters']:>13,} parameters in {p['tensors']} tensors, "
+            f"{names.PARTS.get(part, part):13} {p['parameters']:>13,} parameters in {p['tensors']} tensors, "
             f"{', '.join(p['dtypes'])}"
         )
         if p["config"]:
             lines.append("              " + ", ".join(f"{k}={printable(v, 60)}" for k, v in p["config"].items()))
-    if facts["parts"]:
+    if facts.get("difference"):
+        lines.append("difference    to be added to the weights of the model's UNet")
+    if facts["parts"] and CONTROLNET not in facts["parts"]:
         lines.append(f"EMA weights   {'yes: --ema takes them' if facts['ema'] else 'no'}")
         none = "none of its own: CLIP's is looked for when a text is encoded"
         lines.append(f"tokenizer     {'its own' if facts['tokenizer'] else none}")

@@ -36,6 +36,7 @@ from .layout import (
     FOLDERS,
     SMALL_FILES,
     HubError,
+    OtherLayoutError,
     check_links,
     local_files,
     local_weights,
@@ -217,6 +218,29 @@ class Repository:
         self._fetch([f"{inner}/config.json".lstrip("/"), *files])
         return self.folder
 
+    def top_config(self) -> Path:
+        """The folder, with the config.json at its top: of a ControlNet, and the like. Raises HubError."""
+        if "config.json" not in self.files:
+            alone = sorted(f for f in self.files if f.endswith((".pth", ".safetensors")) and "/" not in f)
+            hint = f"download {alone[0]} and give its path" if alone else "choose another repository"
+            where = f"{self.name} in the cache" if self.offline else self.name
+            offline = f", and {self.offline}" if self.offline else ""
+            raise HubError(f"{where} has no config.json at its top{offline}: {hint}.")
+        self._fetch(["config.json"])
+        return self.folder
+
+    def top_weights(self, variant: str | None, look: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Have the weights at the top in the folder. Raises HubError.
+
+        With `look` nothing is fetched where headers tell: then each file's tensors on the meta device are given.
+        """
+        where = f"{self.name} in the cache" if self.offline else self.name
+        files = part_files(self.files, "unet", "", variant, where)
+        if look and not self.offline and all(file.endswith(".safetensors") for file in files):
+            return {file: self._tensors(file) for file in files}
+        self._fetch(files)
+        return {}
+
     def headers(self, variant: str | None) -> dict[str, dict[str, Tensor]] | None:
         """The tensors of each part on the meta device; None where that needs a download (.bin), or the Hub."""
         if self.offline:
@@ -243,7 +267,9 @@ class Repository:
                 self._fetch(["unet/config.json"])  # says what is lacking
             alone = sorted(f for f in self.files if f.endswith((".ckpt", ".safetensors")) and "/" not in f)
             hint = f"download {alone[0]} and give its path" if alone else "choose another repository"
-            raise HubError(f"{self.name} is not in the layout of diffusers (it has no unet/config.json): {hint}.")
+            raise OtherLayoutError(
+                f"{self.name} is not in the layout of diffusers (it has no unet/config.json): {hint}."
+            )
         if "tokenizer/vocab.json" in wanted:  # then the larger file that says the same is not needed
             wanted = [file for file in wanted if file != "tokenizer/tokenizer.json"]
         return wanted

@@ -54,6 +54,10 @@ class HubError(PlainError):
         self.reason = reason or message.rstrip(".")
 
 
+class OtherLayoutError(HubError):
+    """A repository that is there, and holds no model of the layout of diffusers."""
+
+
 # ---- which files hold the weights
 
 

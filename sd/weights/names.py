@@ -91,9 +91,9 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
     return table
 
 
-def unet_to_hub(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
-    """CompVis name -> Hub name, for these tensors of a UNet."""
-    modules = unet_modules(config)
+def unet_to_hub(names: Iterable[str], config: UNetConfig, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """CompVis name -> Hub name, for these tensors of a UNet; `more`: modules that it has beside its own."""
+    modules = unet_modules(config) | dict(more or {})
     result = {}
     for name in names:
         parts = name.split(".")
@@ -102,6 +102,20 @@ def unet_to_hub(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
         inner, _, leaf = tail.rpartition(".")
         result[name] = f"{modules[head]}.{_RES[inner]}.{leaf}" if inner in _RES else f"{modules[head]}.{tail}"
     return result
+
+
+def controlnet_to_hub(names: Iterable[str], config: UNetConfig, hint_widths: int) -> dict[str, str]:
+    """CompVis name -> Hub name, for these tensors of a ControlNet whose picture passes through so many widths."""
+    inputs, _, _ = topology(config)
+    between = 2 * (hint_widths - 1)  # convolutions, with a SiLU behind each, which takes a number as well
+    more = {
+        "input_hint_block.0": "controlnet_cond_embedding.conv_in",
+        f"input_hint_block.{2 * between + 2}": "controlnet_cond_embedding.conv_out",
+        "middle_block_out.0": "controlnet_mid_block",
+    }
+    more |= {f"input_hint_block.{2 * n + 2}": f"controlnet_cond_embedding.blocks.{n}" for n in range(between)}
+    more |= {f"zero_convs.{n}.0": f"controlnet_down_blocks.{n}" for n in range(len(inputs))}
+    return unet_to_hub(names, config, more)
 
 
 def vae_to_hub(names: Iterable[str], config: VAEConfig) -> dict[str, str]:
@@ -253,7 +267,7 @@ def kind_of(tensors: Tensors) -> str:
         return "SDXL"
     if any_of("joint_blocks.", "double_blocks."):
         return "SD 3 or Flux"
-    if any_of("control_model.", "input_hint_block"):
+    if any_of("control_model.", "input_hint_block.", "controlnet_cond_embedding."):
         return "ControlNet"
     if any_of("cond_stage_model.model."):
         return "SD 2"

@@ -150,6 +150,8 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
             kind = read_config_file(folder, name, where).get("_class_name") if (folder / where).is_file() else None
             if kind in ("AutoencoderKL", "AutoencoderTiny"):
                 raise vae_alone(name, kind)
+            if "ControlNet" in str(kind):
+                raise controlnet_alone(name)
         files = sorted(p.name for p in folder.iterdir() if p.suffix in {".ckpt", ".safetensors"})
         hint = f"give the path of {files[0]} in it" if files else "give a weights file or another folder"
         raise LoadError(f"{name} is a folder without unet/config.json, not of the Hub's layout: {hint}.")
@@ -245,6 +247,12 @@ def vae_alone(name: str, kind: str) -> LoadError:
     return LoadError(f"{name} holds {what} and no model: give it beside a model, with sd.with_vae (--vae).")
 
 
+def controlnet_alone(name: str) -> LoadError:
+    return LoadError(
+        f"{name} holds ControlNet weights: give it beside a model, with sd.load_controlnet (--controlnet)."
+    )
+
+
 def refuse_other_kinds(found: Source) -> None:
     """Raise LoadError for weights of another model, by its name."""
     tensors = found.tensors or {
@@ -265,6 +273,8 @@ def refuse_other_kinds(found: Source) -> None:
     kind = names.kind_of(tensors)
     if kind == "LoRA":
         raise LoadError(f"{found.name} holds a LoRA, not a model: add it to one with sd.lora (--lora).")
+    if kind == "ControlNet":
+        raise controlnet_alone(found.name)
     if kind != "Stable Diffusion v1":
         what = "weights that are not recognised" if kind == "unknown" else f"{kind} weights"
         raise LoadError(
