@@ -110,7 +110,7 @@ def test_hostile_pictures_take_little_and_are_one_sentence(parts, says, tmp_path
     start = time.process_time()
     with pytest.raises(ValueError, match=says) as caught:
         read_settings(path)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20  # not the hours of what grows with the square; 1 to 2 s on a busy machine
     tracemalloc.start()  # in a second run, for it takes time itself
     try:
         with pytest.raises(ValueError, match=says):
