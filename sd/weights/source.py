@@ -146,7 +146,7 @@ def find_folder(folder: Path, name: str, variant: str | None, look: bool = False
     """A folder of the Hub's layout; tensors get their CompVis names here."""
     if not (folder / "unet/config.json").is_file():
         layout.check_links(folder, ["unet/config.json"], name)
-        for where in ("config.json", "vae/config.json"):
+        for where in () if (folder / "unet").exists() else ("config.json", "vae/config.json"):  # no model at all
             kind = read_config_file(folder, name, where).get("_class_name") if (folder / where).is_file() else None
             if kind in ("AutoencoderKL", "AutoencoderTiny"):
                 raise vae_alone(name, kind)
