@@ -56,7 +56,8 @@ def to_diffusers(model: StableDiffusion) -> Any:
     What is changed in place there, as by an optimizer, is changed here too, and the other way round; samplers, and
     copies that `sd.fast` makes from then on, notice. Whatever gives one side new memory parts the two: `.to()` to
     another device, dtype or memory format, or resized embeddings. So move the model first, and share it then. Weights
-    that are still in their file are read first.
+    that are still in their file are read first; what `sd.lora` has added goes over merged. One tensor is a copy: the
+    table of tokens of a model with words by `sd.textual_inversion`, which lies in two pieces here.
 
     Raises CompareError, a ValueError of one sentence, where diffusers is not installed, where it has no such
     scheduler, and where a part has weights of several dtypes, as a copy by `sd.fast` may have.
