@@ -545,12 +545,12 @@ def test_results_lie_in_memory_as_the_textbooks(wide):
 
 
 def test_the_command_keeps_memory_where_it_is_simple(monkeypatch):
-    from sd import loader
+    from sd.adapt import other_vae
     from sd.cli.settings import Drawing, load_model
     from sd.speed import malloc
 
     seen = []
-    monkeypatch.setattr(loader, "load", lambda *_, **__: seen.append("load"))
+    monkeypatch.setattr(other_vae, "load", lambda *_, **__: seen.append("load"))
     for name in ("keep", "large_pages"):
         monkeypatch.setattr(malloc, name, lambda name=name: seen.append(name))
     load_model(Drawing("a red star", device="cpu"))
