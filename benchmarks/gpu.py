@@ -1,6 +1,7 @@
 """How fast on an NVIDIA GPU: ours beside diffusers, in turn, in one process, with the same weights and inputs.
 
     python -m benchmarks.gpu --json gpu.json             # two minutes; --dtypes float16: one of them
+    python -m benchmarks.gpu --results benchmarks/RESULTS.md    # and puts the tables there, under the card's name
     python -m benchmarks.gpu --compiled                  # and torch.compile(mode="max-autotune"), which takes long
 
 Full size, random weights, 512 x 512. Prints a table for each dtype, as Markdown, each as soon as it is measured:
@@ -91,14 +92,16 @@ def row(name: str, times: list[float], eager: float, *more: str) -> list[str]:
     return [name, harness.spread(ms, 1), f"{1e3 * eager / statistics.median(ms):.2f} x", *more]
 
 
-def table(title: str, calls: Calls, rounds: int, expected: Tensor | None, result: dict) -> None:
+def table(
+    title: str, calls: Calls, rounds: int, expected: Tensor | None, result: dict, report: harness.Report
+) -> None:
     """Print a task's table; the ratios are to diffusers eager, in its better memory format."""
     with torch.no_grad():
         times = in_turn(calls, rounds)
         errors = {n: "" if expected is None else f"{relative(calls[n](), expected):.1e}" for n in times}
     eager = min((statistics.median(t) for n, t in times.items() if n in EAGER), default=float("nan"))
     rows = [row(name, t, eager, errors[name]) for name, t in times.items()]
-    print(harness.markdown([title, "ms", "against diffusers eager", "error"], rows), "\n", flush=True)
+    report.say(harness.markdown([title, "ms", "against diffusers eager", "error"], rows) + "\n")
     result[title] = {name: {"seconds": t, "error": errors[name]} for name, t in times.items()}
 
 
@@ -122,7 +125,9 @@ def parts_of(model: sd.StableDiffusion, compiled: bool) -> dict[str, tuple[Any, 
     return parts
 
 
-def measure_dtype(cpu: sd.StableDiffusion, dtype: torch.dtype, args: argparse.Namespace, exact: dict) -> dict:
+def measure_dtype(
+    cpu: sd.StableDiffusion, dtype: torch.dtype, args: argparse.Namespace, exact: dict, report: harness.Report
+) -> dict:
     """`exact`, if empty, is filled with what the UNet and the VAE give in this dtype: the others' reference."""
     result: dict[str, Any] = {}
     model = cpu.with_parts(*(copy.deepcopy(part).to("cuda", dtype) for part in (cpu.unet, cpu.vae)), cpu.text)
@@ -144,7 +149,7 @@ def measure_dtype(cpu: sd.StableDiffusion, dtype: torch.dtype, args: argparse.Na
             calls[name] = lambda unet=unet: unet(x, t, context)
     with torch.no_grad():
         calls["textbook, graph"] = graphed(calls["textbook"])
-    table(f"UNet call, {dtype}", calls, args.rounds, exact["unet"], result)
+    table(f"UNet call, {dtype}", calls, args.rounds, exact["unet"], result, report)
     scale = model.vae.config.scale_factor
     calls = {}
     for name, (_, vae) in parts.items():
@@ -152,9 +157,9 @@ def measure_dtype(cpu: sd.StableDiffusion, dtype: torch.dtype, args: argparse.Na
             calls[name] = lambda vae=vae: vae.decode(x[:1] / scale, return_dict=False)[0]
         else:
             calls[name] = lambda vae=vae: vae.decode(x[:1])
-    table(f"VAE decode, {dtype}", calls, args.rounds, exact["vae"], result)
+    table(f"VAE decode, {dtype}", calls, args.rounds, exact["vae"], result, report)
     if dtype != torch.float32:
-        pictures(model, parts, context, args, result)
+        pictures(model, parts, context, args, result, report)
     return result
 
 
@@ -177,7 +182,14 @@ def pipeline_of(unet: Any, vae: Any) -> Any:
     return pipe
 
 
-def pictures(model: sd.StableDiffusion, parts: dict, context: Tensor, args: argparse.Namespace, result: dict) -> None:
+def pictures(
+    model: sd.StableDiffusion,
+    parts: dict,
+    context: Tensor,
+    args: argparse.Namespace,
+    result: dict,
+    report: harness.Report,
+) -> None:
     embeds = {"negative_prompt_embeds": context[:1], "prompt_embeds": context[1:]}
     size = {"num_inference_steps": args.steps, "guidance_scale": 7.5}
     calls: Calls = {}
@@ -187,9 +199,10 @@ def pictures(model: sd.StableDiffusion, parts: dict, context: Tensor, args: argp
         calls[name] = partial(sampler, "a", output_type="pt", seed=0, **size)
     for name in EAGER:
         calls[name] = partial(pipeline_of(*parts[name]), output_type="pt", **embeds, **size)
-    table(f"picture, {args.steps} steps, {model.dtype}", calls, 3, None, result)
+    table(f"picture, {args.steps} steps, {model.dtype}", calls, 3, None, result, report)
     peaks = {name: peak_of(call) for name, call in calls.items()}
-    print("peak beside the weights, MB:", {n: round(p / 1e6) for n, p in peaks.items()}, "\n", flush=True)
+    said = ", ".join(f"{name} {peak / 1e6:.0f}" for name, peak in peaks.items())
+    report.say(f"Peak of a picture beside the weights, {model.dtype}, MB: {said}.\n")
     result["peaks"] = peaks
 
 
@@ -198,7 +211,7 @@ def given(context: Tensor) -> Callable[[list[str]], Tensor]:
     return lambda texts, **how: context[:1] if texts == [""] else context[1:]
 
 
-def little_memory(cpu: sd.StableDiffusion, folder: Path) -> dict:
+def little_memory(cpu: sd.StableDiffusion, folder: Path, report: harness.Report) -> dict:
     """Weights in the processor's memory, in float16; what each takes of the GPU, and how long a call is."""
     dtype, file = torch.float16, folder / "full.safetensors"
     sd.save(cpu, file)
@@ -221,7 +234,7 @@ def little_memory(cpu: sd.StableDiffusion, folder: Path) -> dict:
             continue
         rows.append([name, harness.spread(times), f"{peak / 1e6:.0f}"])
         result[name] = {"seconds": times, "peak": peak}
-    print(harness.markdown([f"4 steps in little memory, {dtype}", "s", "peak MB"], rows), "\n", flush=True)
+    report.say(harness.markdown([f"4 steps in little memory, {dtype}", "s", "peak MB"], rows) + "\n")
     return result
 
 
@@ -238,18 +251,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--results", type=Path, help="a Markdown file that the tables are put into")
     args = parser.parse_args()
     facts = harness.machine(torch.get_num_threads()) | {"gpu": torch.cuda.get_device_name()}
     print(json.dumps(facts))
+    report = harness.Report(args.results, f"Speed on {facts['gpu']}", facts)
     results: dict[str, Any] = {"machine": facts}
     cpu, exact = random_model_of("full", torch.float16), {}
     for name in args.dtypes:
-        results[name] = measure_dtype(cpu, getattr(torch, name), args, exact)
+        results[name] = measure_dtype(cpu, getattr(torch, name), args, exact, report)
         torch.cuda.empty_cache()
         if args.json:
             harness.write_json(args.json, results)
     with tempfile.TemporaryDirectory() as folder:
-        results["little memory"] = little_memory(cpu, Path(folder))
+        results["little memory"] = little_memory(cpu, Path(folder), report)
     if args.json:
         harness.write_json(args.json, results)
 

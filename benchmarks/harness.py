@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -132,6 +133,43 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+class Report:
+    """Prints what was measured, and puts it into a file of results as a section of its own, if one is given.
+
+    Write often: what was measured before a run was stopped is in the file then.
+    """
+
+    def __init__(self, file: Path | None, heading: str, facts: Mapping[str, Any]):
+        self.file, self.heading = file, heading
+        self.parts = ["; ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "."]
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.parts.append(text.strip())
+        if self.file is not None:
+            before = self.file.read_text(encoding="utf-8") if self.file.exists() else "# Results\n"
+            text = "\n\n".join(self.parts)
+            write_text(self.file, with_section(before, self.heading, f"    {command()}\n\n{text}"), force=True)
+
+
+def command() -> str:
+    """What was typed to run this, without the paths of this machine."""
+    name = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
+    words = [word if "/" not in word else Path(word).name for word in sys.argv[1:]]
+    return " ".join(["python -m", name, *words])
+
+
+def with_section(document: str, heading: str, text: str) -> str:
+    """A Markdown document in which the section `## heading` has this text; a new section stands at the end."""
+    start = re.search(rf"^## {re.escape(heading)}\n", document, re.MULTILINE)
+    section = f"## {heading}\n\n{text.strip()}\n"
+    if start is None:
+        return f"{document.rstrip()}\n\n{section}"
+    rest = re.search(r"^## ", document[start.end() :], re.MULTILINE)
+    after = "\n" + document[start.end() + rest.start() :] if rest else ""
+    return document[: start.start()] + section + after
 
 
 COLOURS = ["#1f77b4", "#2ca02c", "#ff7f0e", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]

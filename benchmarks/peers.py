@@ -26,6 +26,7 @@ FAST: dict[str, dict[str, bool]] = {
     "fast, no extra memory": {"extra_memory": False},
     "fast compiled": {"compile": True},
 }
+SCHEDULERS = {"pndm": "PNDMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler"}
 COMPILE = {"diffusers compiled": "default", "diffusers best": "max-autotune"}
 
 
@@ -204,17 +205,21 @@ def draw(peer: str, how: dict[str, Any], marks: list[float]) -> None:
 
         options = ["--model", how["file"], "--steps", how["steps"], "--height", how["size"], "--width", how["size"]]
         options += ["-o", how["out"], "--device", how["device"], "--force", "--quiet"]
+        options += ["--scheduler", how.get("scheduler", "pndm")]
         options += ["--dtype", str(how["dtype"]).removeprefix("torch.")]
         if peer == "textbook":
             options.append("--exact")
         code = cli.main([PROMPT, *map(str, options)])
         assert code == 0, code
         return
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    import diffusers
 
-    pipe = StableDiffusionPipeline.from_pretrained(how["hub"], torch_dtype=how["dtype"], safety_checker=None)
-    # What the real repository's files say, and weights that were kept from an earlier run may not:
-    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True, steps_offset=1)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        how["hub"], torch_dtype=how["dtype"], safety_checker=None
+    )
+    # As the real repository's files have it, which weights that were kept from an earlier run may not.
+    kind = getattr(diffusers, SCHEDULERS[how.get("scheduler", "pndm")])
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, skip_prk_steps=True, steps_offset=1)
     pipe.tokenizer.model_max_length = 77
     pipe.to(how["device"])
     if peer in ("diffusers channels-last", "diffusers best"):

@@ -37,6 +37,8 @@ from typing import Any
 
 from . import harness
 
+SCHEDULERS = ("pndm", "dpmpp_2m", "euler")  # as in benchmarks/peers.py, which takes long to import
+
 FAST = ("fast", "fast, no extra memory", "fast compiled")
 BARS = {  # what is to be reached on the CPU, by task and peer
     ("unet", "fast"): "1.45 x",
@@ -71,6 +73,7 @@ def arguments() -> argparse.Namespace:
     add("--peers", nargs="+", choices=list(dict.fromkeys(CPU + GPU)))
     add("--size", type=int, default=512)
     add("--steps", type=int, default=20, help="of a picture; PNDM calls the UNet once more")
+    add("--scheduler", choices=SCHEDULERS, default="pndm", help="of a picture")
     add("--rounds", type=int, default=3, help="processes for each peer and task")
     add("--calls", type=int, default=2, help="timed calls in each process")
     add("--threads", type=int, help="torch's choice if not given")
@@ -80,6 +83,7 @@ def arguments() -> argparse.Namespace:
     add("--json", type=Path)
     add("--add", action="store_true", help="keep the figures of other tasks that are in the JSON file")
     add("--plot", type=Path)
+    add("--results", type=Path, help="a Markdown file, such as benchmarks/RESULTS.md, that the tables are put into")
     add("--lock", type=Path, help="a file that each process holds (flock), where several share a machine")
     return parser.parse_args()
 
@@ -113,6 +117,8 @@ def main() -> None:
     facts = harness.machine(threads) | {"device": args.device, "dtype": args.dtype, "size": args.size}
     if args.device != "cpu":
         facts["gpu"] = torch.cuda.get_device_name(args.device)
+    on = facts.get("gpu", facts["cpu"])
+    report = harness.Report(args.results, f"Speed on {on}, {threads} threads, {args.dtype}", facts)
     print(json.dumps(facts, indent=1))
     for peer, why in missing.items():
         print(f"left out: {peer} ({why})")
@@ -123,7 +129,7 @@ def main() -> None:
         folder = args.weights or Path(scratch) / "weights"
         file, hub = make_weights(folder, args.lock)
         how = {"file": str(file), "hub": str(hub), "threads": threads, "calls": args.calls, "steps": args.steps}
-        how |= {"size": args.size, "device": args.device, "dtype": args.dtype}
+        how |= {"size": args.size, "device": args.device, "dtype": args.dtype, "scheduler": args.scheduler}
         for task in args.tasks:
             print(f"{TASKS[task]}:", flush=True)
             entry = results["tasks"][task] = {"machine": facts, "steps": args.steps, "peers": {}}
@@ -136,7 +142,7 @@ def main() -> None:
             measure(task, peers, how, Path(scratch), args, keep)
             differences(task, entry, how, Path(scratch), args.lock)
             keep(entry["peers"])
-            print(table(task, entry), flush=True)
+            report.say(table(task, entry))
     if args.plot:
         panels = {
             TASKS[task]: {p: samples(task, runs) for p, runs in entry["peers"].items() if "failed" not in runs[0]}

@@ -195,3 +195,19 @@ def test_spread_and_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert harness.machine(2)["threads"] == 2
+
+
+def test_results_are_put_into_their_section(tmp_path, capsys):
+    file = tmp_path / "RESULTS.md"
+    file.write_text("# Results\n\n## Speed on A\n\nwhat was there\n\n## Speed on A, too\n\nstays\n")
+    report = harness.Report(file, "Speed on A", {"cpu": "A", "openvino": None})
+    report.say("| first |\n")
+    report.say("second")
+    text = file.read_text()
+    assert text.index("cpu A.") < text.index("| first |\n\nsecond\n\n## Speed on A, too\n\nstays\n")
+    assert "what was there" not in text
+    assert "openvino" not in text
+    harness.Report(file, "Speed on B", {}).say("new")
+    assert file.read_text().startswith(text + "\n## Speed on B\n")
+    harness.Report(None, "Speed on B", {}).say("said")
+    assert capsys.readouterr().out.endswith("said\n")
