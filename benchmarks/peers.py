@@ -115,7 +115,7 @@ def convert_to_openvino(task: str, how: dict[str, Any]) -> None:
 
     kind = UNet2DConditionModel if task == "unet" else AutoencoderKL
     model = kind.from_pretrained(Path(how["hub"]) / task, torch_dtype=torch.float32)
-    given = inputs(task, how)
+    given = inputs(task, how | {"dtype": torch.float32})
     converted = openvino.convert_model(
         Plain(model), example_input=given, input=[(v.shape, openvino.Type.f32) for v in given]
     )

@@ -136,12 +136,12 @@ def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False,
     return folder
 
 
-def full_size_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def full_size_tensors(dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Every tensor of the full-size model, all zeros, under CompVis names."""
     with torch.device("meta"):
         parts = {"unet": sd.UNet(), "vae": sd.VAE(), "text": CLIPText(TextConfig())}
     return {
-        names.PREFIXES[part] + name: torch.zeros(tensor.shape, dtype=dtype)
+        names.PREFIXES[part] + name: torch.zeros(tensor.shape, dtype=dtype, device=device)
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }

@@ -8,6 +8,7 @@ import torch
 import sd
 from sd.parallel.ranks import RankError, agree
 from sd.parallel.sampler import CPU, ParallelSampler, Split, deal, plan_split, work_of
+from tests import ALL
 from tests.layouts import make_model
 from tests.worlds import in_world
 
@@ -28,11 +29,8 @@ def largest_difference(rank, splits, count):
     return worst
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, *(pytest.param(n, marks=SLOW) for n in (3, 4, 8))])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, *([8] if ALL else [])])
 def test_every_split_is_exact(world):
     splits = [
         {"image": i, "guidance": g, "rows": r}
@@ -84,9 +82,7 @@ def disagree(rank, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "what", ["the weights", *(pytest.param(w, marks=SLOW) for w in ("the prompts", "the seeds", "the scheduler"))]
-)
+@pytest.mark.parametrize("what", ["the weights", "the prompts", "the seeds", "the scheduler"])
 def test_ranks_that_disagree_are_found_at_the_start(what):
     for message in in_world(2, disagree, what):
         assert f"disagree on {what}: rank 1 has" in message
@@ -108,7 +104,7 @@ def leaves(rank, when):
         return str(error)
 
 
-@pytest.mark.parametrize("when", ["before the drawing", pytest.param("in the drawing", marks=SLOW)])
+@pytest.mark.parametrize("when", ["before the drawing", pytest.param("in the drawing", marks=pytest.mark.slow)])
 def test_a_rank_that_leaves_is_an_error_on_the_others(when):
     stayed, left = in_world(2, leaves, when)
     assert left == "left"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
@@ -15,6 +14,7 @@ import sd
 from sd.prompts.encoder import TextEncoder
 from sd.prompts.words import find_word, words_of
 from sd.weights.unread import at_rest, target
+from tests import ALL
 from tests.layouts import make_model
 
 THREADS = 8
@@ -70,7 +70,7 @@ def draw_and_encode(drawings, encodings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("drawings", "encodings"), [(24, 400), *([(200, 3000)] if os.environ.get("SD_TEST_ALL") else [])]
+    ("drawings", "encodings"), [(24, 400), *([(200, 3000)] if ALL else [])]
 )  # the larger one takes minutes
 def test_drawings_and_encodings_in_eight_threads_are_those_alone(drawings, encodings):
     draw_and_encode(drawings, encodings)
@@ -125,7 +125,7 @@ def alone(half):
 
 @pytest.mark.parametrize("ways", [("simple", "lean"), pytest.param(tuple(WAYS), marks=pytest.mark.slow)])
 def test_samplers_of_one_model_side_by_side_draw_what_they_draw_alone(half, alone, ways):
-    for _ in range(6):  # the first use of a model, which may differ from the next, comes six times
+    for _ in range(2 if len(ways) > 2 else 6):  # the first use of a model may differ from the next
         model = sd.load(half)
 
         def draw(way, model=model):
