@@ -333,6 +333,7 @@ EVERY = {  # what is drawn -> what has to be given again, because a picture does
      "--scheduler", "euler_a", *FROM_FILE): ["--image", "w.png", "--mask", "k.png"],
     ("--image", "w.png", "--extend", "right=8,top=16", "--model", "m.safetensors"): ["--image", "w.png"],
     ("--hires", "1.5", "--scheduler", "unipc", "--threads", "1", *FROM_FILE): [],
+    ("--recipe", "turbo", *FROM_FILE): [],
     ("--lora", "style.safetensors:0.5", "--lora-dir", ".", *FROM_FILE): [],
     ("--embedding", "cat.bin", "--vae", "v.safetensors", *FROM_FILE): [],
     ("--controlnet", "net.safetensors:0.5", "--control-image", "w.png", "--canny", "--control-start", "0.1",

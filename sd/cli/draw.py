@@ -29,6 +29,7 @@ from .options import (
 )
 from .output import picture_paths, save_result
 from .preview import Previews, check_previews
+from .recipes import explain
 from .settings import (
     Drawing,
     differences,
@@ -119,6 +120,8 @@ def run(arguments: Sequence[str]) -> int:
     leads = drawing.variant != "parallel" or launch.rank() == 0  # of several ranks, one writes and shows progress
     if not leads:
         warnings.showwarning = lambda *_: None  # rank 0 says it
+    else:
+        explain(drawing)
     paths: list[Path] = []
     numbered = False
     if leads and not drawing.plan:  # before any work is done

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..files import printable
+from .recipes import RECIPES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 STYLES = ("plain", "a1111", "comfy", "compel")  # of prompts; as in sd/prompts/styles.py, which needs more to import
@@ -227,6 +228,9 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", metavar="NAME", help="How noise is removed step by step: pndm, ddim, 'Euler a', "
         "'DPM++ 2M Karras' and others; an unknown name lists them. Default: the model's own; pndm "
         "for Stable Diffusion v1.")  # fmt: skip
+    add("--recipe", type=one_of(*RECIPES), metavar="NAME", help="Take fewer steps: quick and draft with any model, "
+        "lcm and turbo with models that were made for it. Other options override what it says. artist prints what "
+        "it does.")  # fmt: skip
     add("--eta", type=number, metavar="E", help="How much new noise ddim adds in each step, 0 to 1. Default: 0.")
     add = parser.add_argument_group("from which picture").add_argument
     add("--image", metavar="FILE", help="A picture to draw from. It says the size, too, unless --height and --width "

@@ -18,6 +18,7 @@ from ..parallel import launch
 from . import controls, given_parts, given_pictures, loras
 from .again import HASHES, RECORDED, recorded
 from .options import LAST_SEED, RANDOM, CommandError
+from .recipes import with_recipe
 
 if TYPE_CHECKING:
     from ..model import StableDiffusion
@@ -54,6 +55,7 @@ class Drawing:
     scheduler: str | Scheduler | None = None
     solver_options: Mapping[str, Any] | None = None  # what else the solver of a picture to be drawn again had
     eta: float = 0.0
+    recipe: str | None = None  # whose settings these are, as far as nothing else was given
     # From which picture.
     image: str | None = None
     mask: str | None = None
@@ -124,8 +126,7 @@ class Drawing:
 
 def drawing_of(given: Mapping[str, Any]) -> Drawing:
     """What is given on the command line; what is not, from the picture that is to be drawn again, if there is one."""
-    settings = recorded(given["again"], given) if "again" in given else {}
-    settings |= given
+    settings = with_recipe(recorded(given["again"], given) if "again" in given else {}, given)
     if "prompt" not in settings:
         raise CommandError('There is nothing to draw: give a prompt, for example artist "a red star".')
     settings = controls.settled(loras.settled(settings, given), given)

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..files import check_output
 from .options import CommandError, Parser, add_drawing_options, add_source_options, one_of
 from .output import save_result
-from .settings import drawing_of, load_model, make_sampler, with_controls
+from .recipes import explain
+from .settings import drawing_of, load_model, make_sampler, with_controls, with_solver
 
 SUMMARY = "draw, and write a page about the steps, words and blocks of the drawing"
 
@@ -44,8 +45,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from ..study.page import study_page, write_page
 
+    explain(drawing)
     model = load_model(drawing)
-    drawing = with_controls(drawing, model)
+    drawing = with_controls(with_solver(drawing, model), model)
     page, trace = study_page(
         make_sampler(model, drawing),
         drawing.prompt,
