@@ -68,12 +68,12 @@ def in_turn(task: str, peers: list[str], how: dict, rounds: int) -> str:
             start = time.perf_counter()
             call(*given)
             times[peer].append(time.perf_counter() - start)
-    first = times[peers[0]]
-    rows = [
-        [peer, f"{min(own):.2f}", f"{statistics.median(own):.2f}", f"{max(own):.2f}", f"{min(own) / min(first):.2f} x",
-         f"{statistics.median(own) / statistics.median(first):.2f} x", errors[peer]]
-        for peer, own in times.items()
-    ]  # fmt: skip
+    least, median = min(times[peers[0]]), statistics.median(times[peers[0]])
+    rows = []
+    for peer, own in times.items():
+        figures = [f"{value:.2f}" for value in (min(own), statistics.median(own), max(own))]
+        ratios = [f"{min(own) / least:.2f} x", f"{statistics.median(own) / median:.2f} x"]
+        rows.append([peer, *figures, *ratios, errors[peer]])
     head = [f"{task}, {rounds} calls of each", "least s", "median s", "most s", f"least, by {peers[0]}'s"]
     return harness.markdown([*head, f"median, by {peers[0]}'s", "error"], rows)
 
