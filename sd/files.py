@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 SMALL = 16 << 20  # bytes; the largest file that is read whole, a tokenizer.json of CLIP, has below 4 MB
 DEPTH = 32  # of brackets in each other; configs have 3
+_DIGESTS: dict[tuple[int, ...], str] = {}  # device, inode, size, time of the last change -> SHA-256
+_DIGESTING = threading.Lock()
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters by Unicode's book, which show nothing
 
 
@@ -228,6 +232,23 @@ def read_json(path: str | os.PathLike[str], what: str = "The file", limit: int =
         raise
     except ValueError as error:
         raise SmallFileError(what, path, str(error)) from None
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file of any size, in hexadecimal. Raises OSError.
+
+    Remembered while the process lives and the file stays as it is: a thread may ask for it before it is needed.
+    """
+    with _DIGESTING:  # one at a time: whoever comes second finds it done
+        found = os.stat(path)
+        key = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        if key not in _DIGESTS:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+            _DIGESTS[key] = digest.hexdigest()
+        return _DIGESTS[key]
 
 
 def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import errno
+import hashlib
 import json
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -341,3 +343,31 @@ def test_a_few_damaged_files_of_every_kind():
     from tests.mutations import run
 
     assert run(160, seed=1_000_000) == []
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    file, opened = tmp_path / "a.bin", []
+    file.write_bytes(b"one")
+    monkeypatch.setattr("builtins.open", lambda *given, real=open: opened.append(given) or real(*given))
+    first = [files.sha256_of(file) for _ in range(2)]
+    assert first == [hashlib.sha256(b"one").hexdigest()] * 2
+    assert len(opened) == 1
+    file.write_bytes(b"three")
+    assert files.sha256_of(file) == hashlib.sha256(b"three").hexdigest()
+    with pytest.raises(FileNotFoundError):
+        files.sha256_of(tmp_path / "b.bin")
+
+
+AHEAD = [({}, True), ({"variant": "lean"}, False), ({"model": "shapes"}, False)]
+
+
+@pytest.mark.parametrize(("options", "ahead"), AHEAD)
+def test_a_model_is_hashed_ahead_where_memory_is_not_counted(options, ahead, tmp_path, monkeypatch):
+    from sd.cli import draw
+    from sd.cli.settings import Drawing
+
+    (tmp_path / "m.safetensors").write_bytes(b"weights")
+    asked = threading.Event()
+    monkeypatch.setattr(draw, "sha256_of", lambda path: asked.set())
+    draw.hash_ahead(Drawing("a", **{"model": str(tmp_path / "m.safetensors"), **options}))
+    assert asked.wait(5 if ahead else 0.1) == ahead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..files import printable
+from ..files import printable, sha256_of
 from ..parallel import launch
 from . import compare, convert, describe, given_parts, given_pictures, info, study
 from .options import (
@@ -142,6 +143,8 @@ def run(arguments: Sequence[str]) -> int:
 def carry_out(
     drawing: Drawing, paths: Sequence[Path], neighbours: Neighbours, *, leads: bool, numbered: bool
 ) -> None:
+    if leads:
+        hash_ahead(drawing)
     sampler, hashes = prepare(drawing, leads=leads), None
     drawing = with_threads(with_solver(drawing, sampler.model), neighbours)
     drawing = with_controls(drawing, sampler.model)
@@ -157,6 +160,20 @@ def carry_out(
             drawn = replace(drawn, settings=drawn.settings | hashes)
             write(drawn, paths[drawn.number], force=drawing.force, numbered=numbered)
             previews.remove(drawn.number)
+
+
+def hash_ahead(drawing: Drawing) -> None:
+    """Read the model's file for its hash in a thread, while this one imports torch: seconds, for gigabytes.
+
+    Not for lean, whose memory is counted, nor where nothing is drawn.
+    """
+
+    def read() -> None:
+        with suppress(OSError):
+            sha256_of(drawing.model)
+
+    if drawing.variant == "simple" and os.path.isfile(drawing.model):
+        threading.Thread(target=read, daemon=True).start()
 
 
 # ---- what is drawn, and where it goes

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
+from ..files import sha256_of
 from .configs import LoadError
 
 
@@ -49,11 +50,7 @@ class WeightFiles:
 
     def _digest_of(self, path: Path) -> str:
         if path not in self._digests:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-            self._digests[path] = digest.hexdigest()
+            self._digests[path] = sha256_of(path)
         return self._digests[path]
 
     def with_part(self, part: str, maps: Sequence[tuple[Path, mmap]]) -> WeightFiles:
