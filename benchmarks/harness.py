@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,7 +145,8 @@ class Report:
 
     def __init__(self, file: Path | None, heading: str, facts: Mapping[str, Any]):
         self.file, self.heading = file, heading
-        self.parts = ["; ".join(f"{name} {value}" for name, value in facts.items() if value is not None) + "."]
+        said = "; ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+        self.parts = [textwrap.fill(f"{said}.", 130)]
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -157,14 +160,14 @@ class Report:
 def command() -> str:
     """What was typed to run this, without the paths of this machine."""
     name = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
-    words = [word if "/" not in word else Path(word).name for word in sys.argv[1:]]
+    words = [shlex.quote(word if "/" not in word else Path(word).name) for word in sys.argv[1:]]
     return " ".join(["python -m", name, *words])
 
 
 def with_section(document: str, heading: str, text: str) -> str:
     """A Markdown document in which the section `## heading` has this text; a new section stands at the end."""
     start = re.search(rf"^## {re.escape(heading)}\n", document, re.MULTILINE)
-    section = f"## {heading}\n\n{text.strip()}\n"
+    section = f"## {heading}\n\n{text}\n"
     if start is None:
         return f"{document.rstrip()}\n\n{section}"
     rest = re.search(r"^## ", document[start.end() :], re.MULTILINE)
