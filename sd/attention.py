@@ -184,19 +184,24 @@ class SpatialTransformer(nn.Module):
 
     ops = TEXTBOOK
 
-    def __init__(self, channels: int, heads: int, context_dim: int, depth: int = 1, groups: int = 32):
+    def __init__(
+        self, channels: int, heads: int, context_dim: int, depth: int = 1, groups: int = 32, linear: bool = False
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 elsewhere in the UNet
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        # SD 2 projects tokens, where v1 projects pixels by a convolution of 1 x 1: the same map, of other rounding.
+        self.linear, shape = linear, (channels, channels)
+        self.proj_in = nn.Linear(*shape) if linear else nn.Conv2d(*shape, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(*shape) if linear else nn.Conv2d(*shape, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        y = self.proj_in(self.norm(x))
-        y = y.flatten(2).transpose(1, 2).contiguous()  # (B, h*w, C)
+        y = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        y = y.flatten(2).transpose(1, 2)  # (B, h*w, C)
+        y = self.proj_in(y) if self.linear else y.contiguous()
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = self.ops.pixels(y, x.shape[-2:])  # (B, C, h, w)
-        return self.proj_out(y) + x
+        y = self.ops.pixels(self.proj_out(y) if self.linear else y, x.shape[-2:])  # (B, C, h, w)
+        return (y if self.linear else self.proj_out(y)) + x

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .files import read_json
 from .model import StableDiffusion
 from .prompts.encoder import TextEncoder
 from .text import Texts, own_names
@@ -25,6 +24,7 @@ from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
 from .weights.tokenizer import check_added, find_texts, tokenizer_texts
+from .weights.told import settle
 from .weights.unread import leave_in_file, tensors_of
 from .weights.vaes import find_vae, put_in
 
@@ -54,8 +54,9 @@ def load(
                be silent; 30 if it is not set
     tokenizer  a folder with vocab.json and merges.txt; if not given, the source's own, else CLIP's: from the Hub's
                cache, an installed open_clip or clip package, or the Hub
-    config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}} or the path
-               of such a JSON file; fields of UNetConfig, VAEConfig and transformers' CLIPTextConfig
+    config     what a file does not tell, as {"unet": {"num_heads": 4}, "vae": {...}, "text": {...}, "defaults":
+               {"prediction_type": "v_prediction"}} or the path of such a JSON file; fields of UNetConfig, VAEConfig,
+               transformers' CLIPTextConfig, and Defaults
     ema        the EMA weights of a full-EMA checkpoint in place of the others
     vae        a VAE in place of the source's, which need not have one: as for `sd.with_vae`, but not TAESD
     lazy       no longer matters: weights always stay in the file until someone computes with them
@@ -67,6 +68,7 @@ def load(
     """
     check_dtype(dtype)
     found = find(source, revision=revision, token=token, variant=variant)
+    sizes = settle(found, config)
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
@@ -75,7 +77,7 @@ def load(
     devices = places(device)
     dtypes = {part: dtype or (torch.float32 if d.type == "cpu" else torch.float16) for part, d in devices.items()}
     texts = find_texts(found, tokenizer, token)
-    return build(found, read_config(config), texts, devices, dtypes)
+    return build(found, sizes, texts, devices, dtypes)
 
 
 def check_device(device: str | torch.device) -> None:
@@ -133,25 +135,6 @@ def build(
 def check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise LoadError(f"dtype must be torch.float16, bfloat16, float32 or float64, not {dtype!r}.")
-
-
-def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Mapping[str, Any]:
-    if config is None:
-        return {}
-    if not isinstance(config, Mapping):
-        try:
-            config = read_json(config, "The config")
-        except ValueError as error:
-            raise LoadError(str(error)) from None
-    parts = set(names.PARTS)
-    fields_of = config.values() if isinstance(config, Mapping) else ()
-    if (
-        not isinstance(config, Mapping)
-        or not config.keys() <= parts
-        or not all(isinstance(fields, Mapping) for fields in fields_of)
-    ):
-        raise LoadError('A config is of the form {"unet": {...}, "vae": {...}, "text": {...}}.')
-    return config
 
 
 # ---- writing
@@ -219,10 +202,11 @@ def convert(
     if Path(out).exists() and not force:
         raise LoadError(f"{out} exists: choose another name, or write over it with force (--force).")
     found = find(source, revision=revision, token=token, variant=variant)
+    sizes = settle(found, config)
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
     if vae is not None:
         put_in(found, find_vae(vae, token=token))
-    model = build(found, read_config(config), tokenizer_texts(found, tokenizer, token))
+    model = build(found, sizes, tokenizer_texts(found, tokenizer, token))
     save(model, out, dtype, force=force)

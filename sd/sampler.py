@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -222,7 +223,8 @@ class SimpleSampler:
         prompt                a text, a list of texts, or their embeddings (P, 77, C)
         negative_prompt       what to stay away from; one for all prompts, or one for each
         num_inference_steps   1 to 1000
-        guidance_scale        at 1 or less there is no guidance, and half the work
+        guidance_scale        at 1 or less there is no guidance, and half the work; LCM's UNets are told it, and
+                              draw in half the work at any
         guidance_rescale      0.0 to 1.0: how much of the contrast that guidance adds is taken back
         height, width         in pixels, multiples of 8
         num_images_per_prompt 1
@@ -349,7 +351,8 @@ class SimpleSampler:
                 raise ValueError(f"{name} must be a tensor, not {reprlib.repr(embeds)}; texts are a prompt.")
         how = {"prompt_style": prompt_style, "clip_skip": plain(clip_skip)}
         context = self._encode(given, "prompt", None, **how)
-        negative = self._encode(negatives, "negative_prompt", len(context), **how) if guidance_scale > 1 else None
+        halves = guidance_scale > 1 and not self.model.unet.config.guidance_dim  # else told, as in LCM, or none
+        negative = self._encode(negatives, "negative_prompt", len(context), **how) if halves else None
         if negative is not None and negative.shape[1] != context.shape[1]:
             context, negative = as_long_as_each_other(context, negative)
         context = context.repeat_interleave(num_images_per_prompt, dim=0)
@@ -369,23 +372,10 @@ class SimpleSampler:
         if image is not None:
             pictures = pictures_in(image, mask_image, (width, height), plain(strength), paste, counts, f)
             scheduler.begin(pictures.strength)  # where it leaves no step, that is said now
-        return Request(
-            texts,
-            context,
-            negative,
-            guidance,
-            height,
-            width,
-            seeds,
-            scheduler,
-            latents,
-            pictures,
-            style=prompt_style,
-            rng=rng,
-            controls=controls_in(
-                control, self.model.unet.config, computes_in(self.model.unet), (width, height), counts, f
-            ),
-        )
+        place = computes_in(self.model.unet)
+        controls = controls_in(control, self.model.unet.config, place, (width, height), counts, f)
+        return Request(texts, context, negative, guidance, height, width, seeds, scheduler, latents, pictures,
+                       style=prompt_style, rng=rng, controls=controls)  # fmt: skip
 
     def _encode(self, prompt: Prompt | None, name: str, count: int | None, **how: Any) -> Tensor:
         """(P, 77k, C) on the UNet's device; `count`: how many are wanted, where it is known."""
@@ -432,7 +422,9 @@ class SimpleSampler:
         return self.model.vae.moments(image.to(*computes_in(self.model.vae)))
 
     def around(self, unet: Callable[..., Tensor], request: Request) -> Callable[..., Tensor]:
-        """The UNet, told what a request has beside x: the mask of weights of 9 channels, and ControlNets."""
+        """The UNet, told what a request has beside x: LCM's guidance, the mask of 9 channels, and ControlNets."""
+        if self.model.unet.config.guidance_dim:
+            unet = partial(unet, guidance=request.guidance[0])
         unet, steps = beside(unet, request.beside), len(request.timesteps)
         return controlled(unet, request.controls, steps, current_call, announced)
 

@@ -28,6 +28,7 @@ class TextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"  # CLIP's own; "gelu" in OpenCLIP
     layer_norm_eps: float = 1e-5
+    padding: int | None = None  # the token that fills a text up; None: the end of the text. 0 in OpenCLIP
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, heard: Tensor | None = None) -> Tensor:

@@ -25,7 +25,6 @@ Modules carry the names of CompVis checkpoints. At 512 x 512 with the v1 configu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 
 from .attention import SpatialTransformer
 from .operations import TEXTBOOK, NormSiLUConv
+from .time_embedding import TimeEmbedding, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,13 @@ class UNetConfig:
     context_dim: int = 768
     transformer_depth: int = 1
     num_groups: int = 32  # of every GroupNorm
+    num_head_channels: int | None = None  # SD 2's 64: a head has so many, and num_heads does not count
+    use_linear_in_transformer: bool = False  # SD 2's projections into and out of a transformer
+    guidance_dim: int | None = None  # LCM's guidance embedding; time_cond_proj_dim of diffusers
 
-
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """(B,) timesteps, also fractional -> (B, dim) in float32: cosines, then sines.
-
-    Float32 whatever the model's dtype, as in the original and in diffusers.
-    """
-    half = dim // 2
-    exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
-    args = t[:, None].float() * torch.exp(exponent / half)[None]  # (B, half)
-    return torch.cat([args.cos(), args.sin()], dim=-1)
+    def heads(self, channels: int) -> int:
+        """How many there are in an attention of so many channels."""
+        return channels // self.num_head_channels if self.num_head_channels else self.num_heads
 
 
 class ResBlock(nn.Module):
@@ -179,17 +175,17 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig | None = None):
         super().__init__()
         self.config = c = config or UNetConfig()
-        emb = 4 * c.model_channels
+        emb, linear = 4 * c.model_channels, c.use_linear_in_transformer
         make: dict[str, Callable[[int, int], nn.Module]] = {
             "conv": lambda channels, out: nn.Conv2d(channels, out, 3, padding=1),
             "res": lambda channels, out: ResBlock(channels, out, emb, c.num_groups),
             "transformer": lambda channels, _: SpatialTransformer(
-                channels, c.num_heads, c.context_dim, c.transformer_depth, c.num_groups
+                channels, c.heads(channels), c.context_dim, c.transformer_depth, c.num_groups, linear
             ),
             "down": lambda channels, _: Downsample(channels),
             "up": lambda channels, _: Upsample(channels),
         }
-        self.time_embed = nn.Sequential(nn.Linear(c.model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = TimeEmbedding(c.model_channels, emb, c.guidance_dim)
         inputs, (middle,), outputs = (
             [Block(make[part.kind](part.channels, part.out_channels) for part in parts) for parts in blocks]
             for blocks in topology(c)
@@ -202,14 +198,23 @@ class UNet(nn.Module):
             nn.Conv2d(c.model_channels * c.channel_mult[0], c.out_channels, 3, padding=1),
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        control: Sequence[Tensor] | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
         """The noise in `x`.
 
         x: (B, 4, h, w), any h and w; t: (B,) timesteps in [0, 1000), also fractional;
         context: (B, 77, context_dim). Returns (B, 4, h, w).
         control: what a ControlNet adds (arXiv:2302.05543) to the skip of each input block, and to the middle block.
+        guidance: the guidance scale, for LCM's UNets alone, which are told it (arXiv:2310.04378).
+        Raises ValueError where a UNet is to be told it and is not.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype), guidance)
         skips = []
         for i, block in enumerate(self.input_blocks):
             x = block(x, emb, context)

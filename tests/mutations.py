@@ -186,10 +186,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     from sd.adapt.taesd import TinyVAE
     from sd.cli.settings import drawing_of
     from sd.image import save_png
-    from sd.loader import read_config
     from sd.study.traces import Trace
     from sd.text import TextConfig
     from sd.weights.checkpoint import write_safetensors
+    from sd.weights.told import read_config
     from tests.layouts import compvis_tensors, make_model, tokenizer_files, write_ckpt
 
     unet = sd.UNetConfig(

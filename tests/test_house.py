@@ -20,7 +20,20 @@ from tests.code_lines import code_lines
 
 ROOT = Path(sd.__file__).parent
 ROWS = [  # as in the README; each room that is added says here which row it is of
-    {"attention", "files", "image", "noise", "operations", "schedule", "scheduler", "solvers", "text", "unet", "vae"},
+    {
+        "attention",
+        "files",
+        "image",
+        "noise",
+        "operations",
+        "schedule",
+        "scheduler",
+        "solvers",
+        "text",
+        "time_embedding",
+        "unet",
+        "vae",
+    },
     {"pictures", "prompts", "weights"},
     {"model"},
     {"loader", "sampler"},

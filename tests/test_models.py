@@ -9,7 +9,7 @@ import torch
 
 import sd
 from sd.compare.reference import transformers_text, transformers_tokenizer
-from sd.unet import timestep_embedding
+from sd.time_embedding import timestep_embedding
 from tests.layouts import UNET, diffusers_unet, diffusers_vae, make_model
 
 diffusers = pytest.importorskip("diffusers")

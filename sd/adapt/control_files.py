@@ -67,7 +67,7 @@ def load_controlnet(
 
 def made_of(found: FoundControlNet, model: StableDiffusion | None, config: Mapping[str, Any]) -> ControlNet:
     """The network with the tensors of what was found, where and in what they are. Raises LoadError."""
-    heads = {"num_heads": model.unet.config.num_heads} if model else {}
+    heads = {name: getattr(model.unet.config, name) for name in ("num_heads", "num_head_channels")} if model else {}
     with torch.device("meta"):
         net = ControlNet(config_from(found.name, {**found.inferred, **heads, **found.told, **config}))
     wanted = net.state_dict()

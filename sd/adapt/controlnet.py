@@ -21,7 +21,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..unet import UNet, UNetConfig, timestep_embedding, topology
+from ..time_embedding import timestep_embedding
+from ..unet import UNet, UNetConfig, topology
 from ..weights.mapped import WeightFiles
 from ..weights.unread import computes_in
 
@@ -100,7 +101,8 @@ def controlnet_for(unet: UNet, hint_widths: Sequence[int] = ControlNetConfig.hin
     It is where training begins. On the UNet's device and in its dtype; the UNet stays as it is.
     """
     c = unet.config
-    sizes = {name: getattr(c, name) for name in UNetConfig.__dataclass_fields__} | {"in_channels": c.out_channels}
+    sizes = {name: getattr(c, name) for name in UNetConfig.__dataclass_fields__}
+    sizes |= {"in_channels": c.out_channels, "guidance_dim": None}  # LCM's alone are told their guidance
     p = next(unet.parameters())
     net = ControlNet(ControlNetConfig(**sizes, hint_widths=tuple(hint_widths))).to(p.device, p.dtype)
     own, theirs = net.state_dict(), unet.state_dict()

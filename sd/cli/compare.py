@@ -26,8 +26,9 @@ def parser() -> Parser:
     add = result.add_argument
     add("source", nargs="?", metavar="SOURCE", help="As for artist --model. Default: shapes, the built-in model.")
     add("other", nargs="?", metavar="OTHER", help="A second source, to compare with instead of diffusers.")
-    add("--random", type=one_of("full", "small"), metavar="SIZE", help="Take random weights instead of a source, in "
-        "a model of full or small size.")  # fmt: skip
+    add("--random", type=one_of("full", "small", "small-sd2", "small-lcm"), metavar="SIZE", help="Take random "
+        "weights instead of a source, in a model of full or small size, or in a small one of the structure of SD 2 "
+        "or of LCM.")  # fmt: skip
     add("--dtype", **dtype_option("The kind of numbers to compute with. Default: float64; float32 for two sources."))
     add("--device", help="Where to compute: cpu or cuda. Default: cpu.")
     add("--size", type=whole(), metavar="PIXELS", help="The edge of the picture. Default: the model's own size.")

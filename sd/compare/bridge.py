@@ -87,8 +87,8 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
     """A model that computes with the very tensors of a pipeline of diffusers: no weight is copied.
 
     pipe: a StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline or their like, of
-    Stable Diffusion v1: UNet2DConditionModel with 4 channels, or with 9 for inpainting, AutoencoderKL, transformers'
-    CLIPTextModel and a CLIPTokenizer, on any device and in any dtype. It stays as it is.
+    Stable Diffusion v1 or 2: UNet2DConditionModel with 4 channels, or with 9 for inpainting, or one that is told its
+    guidance (LCM), AutoencoderKL, transformers' CLIPTextModel and a CLIPTokenizer, on any device and in any dtype. It stays as it is.
 
     The model draws by the pipeline's scheduler, with its noise schedule, and in its size; in 50 steps (LCM: 4) at
     guidance 7.5. All that is in `model.defaults`. A safety checker is left out. See `to_diffusers` for what is
@@ -117,6 +117,9 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
         found.parts[part] = rename(part, plain_tensors(name, part, module), configs)
     refuse_other_kinds(found)
     texts = texts_of(name, pipe.tokenizer)
+    if (padding := json.loads(texts["vocab.json"]).get(pipe.tokenizer.pad_token)) != pipe.tokenizer.eos_token_id:
+        configs["text"]["padding"] = padding  # of SD 2
+    found.family = names.SD2 if configs["unet"].get("use_linear_in_transformer") else names.SD1
     sides = unet.get("sample_size") or 64
     height, width = (sides, sides) if isinstance(sides, int) else sides
     factor = 2 ** (len(configs["vae"]["ch_mult"]) - 1)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..adapt.other_vae import load_with_vae, with_vae
 from ..adapt.taesd import TinyVAE
-from ..loader import build, check_device, check_dtype, read_config
+from ..loader import build, check_device, check_dtype
 from ..model import StableDiffusion
 from ..scheduler import make_scheduler
 from ..vae import VAE
@@ -32,6 +32,7 @@ from ..weights.configs import LoadError
 from ..weights.names import PARTS
 from ..weights.source import Source, find, refuse_other_kinds
 from ..weights.tokenizer import tokenizer_texts
+from ..weights.told import settle
 from ..weights.unread import read_weights
 from . import reference
 from .drawings import compare_drawings
@@ -47,6 +48,7 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 LEAST = {"lms": 1e-7} | dict.fromkeys(["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde"], 1e-5)
 DRAWN = {"dpmpp_2m_sde": torch.float32}  # the dtype of fresh noise in diffusers, where it is not the latents'
 STEPS = 50  # of every scheduler
+GUIDANCE = 7.5  # of what LCM's UNets are told
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -170,14 +172,16 @@ def compare_unet(model: StableDiffusion, inputs: Inputs, context: Tensor, bound:
     unet, theirs = model.unet, reference.diffusers_unet(model)
     arguments = inputs.latents, inputs.timesteps, context
     counterparts = reference.unet_counterparts(unet, theirs)
+    told = reference.told_guidance(unet.config, GUIDANCE, inputs.latents)
     # Theirs starts from the timesteps: the sines and cosines are part of it.
-    counterparts["time_embed"] = lambda x: theirs.time_embedding(theirs.time_proj(inputs.timesteps).to(x.dtype))
+    counterparts["time_embed"] = lambda x, _: theirs.time_embedding(theirs.time_proj(inputs.timesteps).to(x), told)
     counterparts["out"] = lambda x: theirs.conv_out(theirs.conv_act(theirs.conv_norm_out(x)))
-    rows = compare_blocks("unet", unet_blocks(unet), counterparts, lambda: unet(*arguments), bound, repeats)
+    ours = partial(unet, *arguments, guidance=GUIDANCE)
+    rows = compare_blocks("unet", unet_blocks(unet), counterparts, ours, bound, repeats)
     whole, _ = pair(
         "unet (whole)",
-        lambda: unet(*arguments),
-        lambda: theirs(*arguments, return_dict=False)[0],
+        ours,
+        lambda: theirs(*arguments, timestep_cond=told, return_dict=False)[0],
         bound,
         repeats,
     )
@@ -267,8 +271,9 @@ def compare_sources(
     cannot be read.
     """
     check_dtype(dtype)
-    settings = read_config(config)
     first, second = (find(s, revision=revision, token=token, variant=variant) for s in (a, b))
+    settings = settle(first, config)
+    settle(second, config)
     refuse_other_kinds(first)
     refuse_other_kinds(second)
     report = Report(f"A: {first.name} ({first.kind})\nB: {second.name} ({second.kind})", ("A", "B"))
@@ -378,7 +383,8 @@ def compare_outputs(
     rows = [text]
     arguments = inputs.latents, inputs.timesteps, context
     unets = [model.unet for model in (a, b)]
-    blocks("unet", [unet_blocks(u) for u in unets], [partial(u, *arguments) for u in unets])
+    runs = [partial(u, *arguments, guidance=GUIDANCE) for u in unets]
+    blocks("unet", [unet_blocks(u) for u in unets], runs)
     vaes = [model.vae for model in (a, b)]
     encoders, decoders = zip(*(vae_blocks(vae) for vae in vaes), strict=True)
     blocks("vae.encoder", encoders, [partial(_mean, v, inputs.image) for v in vaes])

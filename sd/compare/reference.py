@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from ..attention import SpatialTransformer
 from ..model import StableDiffusion
 from ..prompts.encoder import TextEncoder
 from ..prompts.tokenizer import END, START
-from ..schedule import V1, Scheduler
+from ..schedule import V1, NoiseSchedule, Scheduler
 from ..scheduler import make_scheduler, scheduler_name
 from ..text import CLIPText, TextConfig
 from ..unet import Downsample, ResBlock, UNet, UNetConfig, Upsample
 from ..vae import VAE, VAEConfig
 from ..weights import names
+from ..weights.defaults import Defaults
 from ..weights.tokenizer import bytes_to_letters
 
 
@@ -54,6 +55,10 @@ SMALL_VAE = VAEConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1)
 SMALL_TEXT = TextConfig(
     vocab_size=517, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1
 )
+# Of Stable Diffusion 2: heads of as many channels on every level, and OpenCLIP's text encoder
+SMALL_UNET_2 = replace(SMALL_UNET, num_head_channels=8, use_linear_in_transformer=True)
+SMALL_TEXT_2 = replace(SMALL_TEXT, hidden_act="gelu", padding=0)
+RANDOM = ("small", "small-sd2", "small-lcm", "full")
 
 
 def tokenizer_files() -> dict[str, str]:
@@ -108,11 +113,24 @@ def random_controlnet(
 
 
 def random_model_of(kind: str, dtype: torch.dtype) -> StableDiffusion:
-    """ "full": Stable Diffusion v1's sizes, 1.07 billion parameters; "small": the same structure in 2.8 million."""
+    """ "full": Stable Diffusion v1's sizes, 1.07 billion parameters; "small": the same structure in 2.8 million.
+
+    "small-sd2" has the structure of Stable Diffusion 2, and predicts v; "small-lcm" is told its guidance.
+    """
     if kind == "full":
         return random_model(UNetConfig(), VAEConfig(), TextConfig(), dtype, 512, "random weights, full size")
+    if kind == "small-sd2":
+        model = random_model(SMALL_UNET_2, SMALL_VAE, SMALL_TEXT_2, dtype, name="random weights, small size, SD 2")
+        v = NoiseSchedule(prediction_type="v_prediction")
+        model.defaults = Defaults("ddim", prediction_type="v_prediction", schedule=v)
+        return model
+    if kind == "small-lcm":
+        unet = replace(SMALL_UNET, guidance_dim=32)
+        model = random_model(unet, dtype=dtype, name="random weights, small size, LCM")
+        model.defaults = Defaults("lcm", 4, 8.5)
+        return model
     if kind != "small":
-        raise CompareError(f"Random weights come as 'full' or 'small', not {kind!r}.")
+        raise CompareError(f"Random weights come as {', '.join(RANDOM[:-1])} or {RANDOM[-1]}, not {kind!r}.")
     return random_model(dtype=dtype, name="random weights, small size")
 
 
@@ -124,6 +142,9 @@ def transformers_tokenizer(text: TextEncoder) -> Any:
     from transformers import AddedToken, CLIPTokenizer
 
     more: dict[str, Any] = {"model_max_length": text.config.max_position_embeddings}
+    if text.config.padding is not None:
+        numbers = json.loads(text.texts["vocab.json"])
+        more["pad_token"] = next(token for token, n in numbers.items() if n == text.config.padding)
     if words := json.loads(text.texts.get("added_tokens.json", "[]")):
         more["added_tokens_decoder"] = {word.pop("id"): AddedToken(**word) for word in words}
     with tempfile.TemporaryDirectory() as folder:  # transformers 4 takes files only
@@ -138,9 +159,12 @@ def transformers_text(text: TextEncoder) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     numbers = json.loads(text.texts["vocab.json"])
-    ends = {"bos_token_id": numbers[START], "eos_token_id": numbers[END], "pad_token_id": numbers[END]}
+    sizes = asdict(text.config)
+    padding = sizes.pop("padding")
+    ends = {"bos_token_id": numbers[START], "eos_token_id": numbers[END]}
+    ends["pad_token_id"] = numbers[END] if padding is None else padding
     with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(**asdict(text.config), **ends))
+        model = CLIPTextModel(CLIPTextConfig(**sizes, **ends))
     prefix = "text_model." if any(n.startswith("text_model.") for n in model.state_dict()) else ""
     tensors = text.state_dict()
     model.load_state_dict({prefix + name: t for name, t in tensors.items()}, assign=True)
@@ -181,6 +205,11 @@ def latent_size(model: StableDiffusion) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
+def head_counts(c: UNetConfig) -> int | tuple[int, ...]:
+    """What diffusers calls attention_head_dim: the head count, or that of each level."""
+    return tuple(c.heads(m * c.model_channels) for m in c.channel_mult) if c.num_head_channels else c.num_heads
+
+
 def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
     """diffusers' UNet2DConditionModel with the same weights; with `assign`, the very same memory."""
     c = model.unet.config
@@ -194,13 +223,23 @@ def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
             block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
             layers_per_block=c.num_res_blocks,
             cross_attention_dim=c.context_dim,
-            attention_head_dim=c.num_heads,
+            attention_head_dim=head_counts(c),
+            use_linear_projection=c.use_linear_in_transformer,
+            time_cond_proj_dim=c.guidance_dim,
             norm_num_groups=c.num_groups,
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
         )
     unet.load_state_dict(hub_tensors(model)["unet"], strict=True, assign=assign)
     return unet.eval()
+
+
+def told_guidance(c: UNetConfig, scale: float, like: Tensor) -> Tensor | None:
+    """The timestep_cond of LCM's UNets, as diffusers' pipelines make it: (B, guidance_dim) for latents like these."""
+    if c.guidance_dim is None:
+        return None
+    embedding = diffusers().LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    return embedding(None, torch.tensor([scale - 1] * len(like)), embedding_dim=c.guidance_dim).to(like)
 
 
 def hub_controlnet(net: ControlNet) -> dict[str, Tensor]:
@@ -222,7 +261,8 @@ def diffusers_controlnet(net: ControlNet) -> Any:
             block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
             layers_per_block=c.num_res_blocks,
             cross_attention_dim=c.context_dim,
-            attention_head_dim=c.num_heads,
+            attention_head_dim=head_counts(c),
+            use_linear_projection=c.use_linear_in_transformer,
             norm_num_groups=c.num_groups,
             down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             conditioning_embedding_out_channels=c.hint_widths,

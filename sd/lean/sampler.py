@@ -26,7 +26,8 @@ from ..model import StableDiffusion
 from ..operations import TEXTBOOK, copy_of
 from ..sampler import Denoiser, Prompt, Request, SimpleSampler, announced, finished, guide
 from ..speed.malloc import trim
-from ..unet import ResBlock, UNet, timestep_embedding
+from ..time_embedding import guidance_embedding, timestep_embedding
+from ..unet import ResBlock, UNet
 from ..vae import VAE
 from ..weights.unread import Patch, at_rest, computes_in, patches_of
 from .bands import Bands, Whole
@@ -246,7 +247,7 @@ class LeanNetwork:
         with at_rest(network):  # another thread may draw with it for the first time
             self.network = copy_of(network, self.ops)
             weights.patch(self.network, patches_of(network))
-        self.images = len(contexts[0])
+        self.images, self.guidance = len(contexts[0]), request.guidance[0]
         self.timesteps = torch.tensor(request.timesteps, dtype=torch.float32, device=weights.device).unique()
         self.row = {t: i for i, t in enumerate(self.timesteps.tolist())}
         self.now, self.rows = 0, slice(0)  # of the call under way: its timestep, and its rows of the contexts
@@ -261,7 +262,8 @@ class LeanNetwork:
         def layer_of(layer: Any, x: Tensor) -> Tensor:
             return streamed_linear(self.ops, layer, x)
 
-        first, _, last = self.network.time_embed
+        time = self.network.time_embed
+        first, last = time[0], time[2]
         with torch.no_grad():
             self.texts: dict[nn.Module, Tensor] = {
                 layer: torch.cat([layer_of(layer, context) for context in self.contexts])  # (parts*B, 77, C)
@@ -270,8 +272,13 @@ class LeanNetwork:
                 for layer in (block.attn2.to_k, block.attn2.to_v)
             }
             wave = timestep_embedding(self.timesteps, self.network.config.model_channels).to(self.ops.weights.dtype)
+            told: dict[nn.Module, Tensor] = {}
+            if time.cond_proj is not None:  # of LCM
+                scale = guidance_embedding(self.guidance, time.cond_proj.in_features).to(wave)
+                told = {time.cond_proj: layer_of(time.cond_proj, scale).expand_as(wave)}
+                wave = wave + told[time.cond_proj]
             emb = layer_of(last, F.silu(layer_of(first, wave)))
-            self.times: dict[nn.Module, Tensor] = {first: wave, last: emb}  # (timesteps, C)
+            self.times: dict[nn.Module, Tensor] = {first: wave, last: emb, **told}  # (timesteps, C)
             blocks = [block for block in self.network.modules() if isinstance(block, ResBlock)]
             self.times |= {b.emb_layers[1]: layer_of(b.emb_layers[1], F.silu(emb)) for b in blocks}
         self.ops.known = {layer: partial(self.of_text, layer) for layer in self.texts}

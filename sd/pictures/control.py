@@ -30,8 +30,9 @@ ARGUMENTS: dict[str, Any] = {  # of a sampler, and what they are where they are 
     "control_guidance_end": 1.0,
     "guess_mode": False,
 }
+# of the UNet that it shares
 SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads", "context_dim",
-         "transformer_depth", "num_groups")  # fmt: skip  # of the UNet that it shares
+         "transformer_depth", "num_groups", "num_head_channels", "use_linear_in_transformer")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,10 @@ class TextEncoder:
             raise ValueError(f"prompt_style must be {known}, not {short(prompt_style)}.")
         ids = self.ids(text)
         if prompt_style != "plain":
-            return chunks_of(text, prompt_style, self.tokenizer)
+            return chunks_of(text, prompt_style, self.tokenizer, self.config.padding)
         length = self.config.max_position_embeddings
-        return [Chunk((*self.cut(ids), *ids[-1:] * (length - len(ids))), (1.0,) * length)]
+        fill = ids[-1] if self.config.padding is None else self.config.padding
+        return [Chunk((*self.cut(ids), *[fill] * (length - len(ids))), (1.0,) * length)]
 
     def ids(self, text: str, what: str = "prompt") -> list[int]:
         """The tokens of a text: START, those of the words, END; neither cut nor filled up. Raises ValueError."""

@@ -40,8 +40,11 @@ class Chunk:
     faded: tuple[Faded, ...] = ()  # in compel
 
 
-def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
-    """The chunks of a prompt in a style that has weights; one at least. Raises ValueError, in one sentence."""
+def chunks_of(text: str, style: str, tokenizer: Tokenizer, padding: int | None = None) -> list[Chunk]:
+    """The chunks of a prompt in a style that has weights; one at least. Raises ValueError, in one sentence.
+
+    padding: the token that fills a chunk up behind its end; None: the end.
+    """
     if deepest(text) > MOST_NESTED:
         raise ValueError(f"A prompt must not nest more than {MOST_NESTED} brackets: take some out.")
     if word := next((group for group in tokenizer.groups(text) if len(group) > INSIDE), None):
@@ -62,9 +65,10 @@ def chunks_of(text: str, style: str, tokenizer: Tokenizer) -> list[Chunk]:
             f"A prompt must have at most {MOST_CHUNKS} chunks of {INSIDE} tokens, not {len(chunks)}: shorten it."
         )
     start, end = tokenizer.ids("")
+    fill = end if padding is None else padding
     return [
         Chunk(
-            (start, *(i for i, _ in part), *[end] * (INSIDE - len(part) + 1)),
+            (start, *(i for i, _ in part), end, *[fill] * (INSIDE - len(part))),
             (1.0, *(weight for _, weight in part), *[1.0] * (INSIDE - len(part) + 1)),
             faded,
         )

@@ -7,11 +7,11 @@ from .encoder import TextEncoder
 
 def tokens_inside(text: TextEncoder, prompt: str, style: str = "plain") -> list[tuple[int, int]]:
     """The tokens of the words that the model reads, as (position, number): without starts and ends."""
-    found = []
+    found, end = [], text.ids("")[-1]
     for k, chunk in enumerate(text.chunks(prompt, style)):
-        length, end = len(chunk.ids), chunk.ids[-1]
+        length, behind = len(chunk.ids), (end, chunk.ids[-1])  # SD 2 fills up with another token
         inside = length - 1
-        while inside > 1 and chunk.ids[inside - 1] == end:
+        while inside > 1 and chunk.ids[inside - 1] in behind:
             inside -= 1
         found += [(k * length + i, chunk.ids[i]) for i in range(1, inside)]
     return found

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adapt.taesd import TinyVAE
-from ..loader import read_config
 from ..model import StableDiffusion
 from ..text import TextConfig
 from ..unet import Block as UNetBlock
@@ -26,6 +25,7 @@ from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from ..weights.configs import LoadError
 from ..weights.source import find, refuse_other_kinds, sizes
+from ..weights.told import read_config, settle
 
 ROWS = {  # the modules that are the lines of a table; between them they hold every parameter
     "text encoder": r"embeddings|encoder\.layers\.\d+|final_layer_norm",
@@ -128,14 +128,15 @@ def describe(
         tiny = isinstance(source, StableDiffusion) and isinstance(source.vae, TinyVAE)
         unet, vae = UNet(unet_config), TinyVAE(vae_config, vae_config) if tiny else VAE(vae_config)
         ends = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], text_config.vocab_size - 1)
-        text = CLIPTextModel(CLIPTextConfig(**asdict(text_config), **ends))
+        text_sizes = {key: value for key, value in asdict(text_config).items() if key != "padding"}
+        text = CLIPTextModel(CLIPTextConfig(**text_sizes, **ends))
         latents = torch.empty(1, unet_config.in_channels, height // f, width // f)
         context = torch.empty(1, text_config.max_position_embeddings, unet_config.context_dim)
         tokens = torch.zeros(1, text_config.max_position_embeddings, dtype=torch.long)
         image = torch.empty(1, 3, height, width)
         parts = {
             "text encoder": _blocks(text, lambda: text(tokens), dtype),
-            "UNet": _blocks(unet, lambda: unet(latents, torch.empty(1), context), dtype),
+            "UNet": _blocks(unet, lambda: unet(latents, torch.empty(1), context, guidance=1.0), dtype),
             "VAE encoder": _blocks(vae, lambda: vae.moments(image), dtype, ("encoder", "quant_conv")),
             "VAE decoder": _blocks(vae, lambda: vae.decode(latents), dtype, ("decoder", "post_quant_conv")),
         }
@@ -155,6 +156,7 @@ def _sizes(
     found = find(source, look=True, **where)
     if found.problem:
         raise LoadError(found.problem)
+    config = settle(found, config)
     refuse_other_kinds(found)
     configs = sizes(found, config)
     return found.name, found.size or 512, configs, next(iter(found.parts["unet"].values())).dtype

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
+
 from ..files import PlainError
 from ..text import ACTIVATIONS, TextConfig
 from ..unet import UNetConfig, topology
@@ -26,8 +28,13 @@ def count(names: Iterable[str], pattern: str) -> int:
     return len({m[1] for name in names if (m := re.match(pattern, name))})
 
 
+def of_projection(weight: Tensor) -> dict[str, Any]:
+    """Fields of UNetConfig by the projection into a transformer: linear in SD 2, whose heads have 64 channels."""
+    return {"use_linear_in_transformer": True, "num_head_channels": 64} if weight.ndim == 2 else {}
+
+
 def infer_unet(tensors: Tensors) -> dict[str, Any]:
-    """Fields of UNetConfig that shapes tell; the head count they do not."""
+    """Fields of UNetConfig that shapes tell; the head count of v1 they do not."""
     first = tensors["input_blocks.0.0.weight"]
     blocks = count(tensors, r"input_blocks\.(\d+)\.")
     levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)  # a convolution that halves, between two
@@ -35,6 +42,7 @@ def infer_unet(tensors: Tensors) -> dict[str, Any]:
     starts = range(1, 1 + levels * stride, stride)  # the first residual block of each level
     widths = [tensors[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in starts]
     attends = [2**level for level, n in enumerate(starts) if f"input_blocks.{n}.1.proj_in.weight" in tensors]
+    told = tensors.get("time_embed.cond_proj.weight")  # of LCM
     return {
         "in_channels": first.shape[1],
         "out_channels": tensors["out.2.weight"].shape[0],
@@ -44,6 +52,8 @@ def infer_unet(tensors: Tensors) -> dict[str, Any]:
         "attention_resolutions": tuple(attends),
         "context_dim": tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "transformer_depth": count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        **of_projection(tensors["middle_block.1.proj_in.weight"]),
+        **({} if told is None else {"guidance_dim": told.shape[1]}),
     }
 
 
@@ -144,7 +154,7 @@ _UNET_SIZES = {
     *("attention_head_dim", "num_attention_heads", "norm_num_groups", "transformer_layers_per_block"),
     *("down_block_types", "up_block_types", "sample_size"),
     *("addition_embed_type_num_heads", "upcast_attention"),  # without effect here, or only on rounding
-    "use_linear_projection",  # in place of 1x1 convolutions: the same map, by tensors of another shape
+    *("use_linear_projection", "time_cond_proj_dim"),  # of SD 2, of LCM
 }
 _VAE_SIZES = {
     *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels"),
@@ -187,9 +197,6 @@ def unet_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
     up = config.get("up_block_types") or mirrored
     if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != mirrored or len(down) != len(widths):
         raise ValueError(f"its UNet has blocks {down} and {up}, which Stable Diffusion v1 does not have")
-    heads = alike(config.get("num_attention_heads") or config.get("attention_head_dim", 8))
-    if not isinstance(heads, int):
-        raise ValueError(f"its UNet has other head counts on other levels ({heads}), as SD 2 and SDXL have")
     return {
         "in_channels": config.get("in_channels", 4),
         "out_channels": config.get("out_channels", 4),
@@ -197,11 +204,29 @@ def unet_from_hub(config: Mapping[str, Any]) -> dict[str, Any]:
         "channel_mult": tuple(width // widths[0] for width in widths),
         "num_res_blocks": alike(config.get("layers_per_block", 2)),
         "attention_resolutions": tuple(2**i for i, kind in enumerate(down) if kind.startswith("CrossAttn")),
-        "num_heads": heads,  # "attention_head_dim": 8 means eight heads
+        **heads_from_hub(config, widths),
         "context_dim": alike(config.get("cross_attention_dim", 768)),
         "transformer_depth": alike(config.get("transformer_layers_per_block", 1)),
         "num_groups": config.get("norm_num_groups", 32),
+        **({"use_linear_in_transformer": True} if config.get("use_linear_projection") else {}),
+        **({"guidance_dim": dim} if (dim := config.get("time_cond_proj_dim")) is not None else {}),
     }
+
+
+def heads_from_hub(config: Mapping[str, Any], widths: list[int]) -> dict[str, Any]:
+    """Fields of UNetConfig: a head count, or SD 2's channels of a head, where all levels have as many.
+
+    The Hub calls the head count "attention_head_dim": 8 means eight heads, and [5, 10, 20, 20] 64 channels each.
+    """
+    heads = alike(config.get("num_attention_heads") or config.get("attention_head_dim", 8))
+    if isinstance(heads, int):
+        return {"num_heads": heads}
+    counts = heads if isinstance(heads, list) else []
+    sound = len(counts) == len(widths) and all(type(n) is int and n > 0 for n in counts)
+    channels = {width / n for width, n in zip(widths, counts, strict=True)} if sound else set()
+    if len(channels) != 1 or not (one := channels.pop()).is_integer():
+        raise ValueError(f"its UNet has head counts {heads}, where one number, or one for each level is expected")
+    return {"num_head_channels": int(one)}
 
 
 def other_kind(config: Mapping[str, Any]) -> str | None:
@@ -281,13 +306,21 @@ WHOLE: dict[str, int] = {
     **dict.fromkeys(["context_dim", "hidden_size", "intermediate_size", "vocab_size", "num_groups"], WIDTH),
     **dict.fromkeys(["num_heads", "num_attention_heads", "max_position_embeddings"], WIDTH),
     **{"num_res_blocks": 16, "transformer_depth": DEEP, "num_hidden_layers": 128},
+    **{"num_head_channels": WIDTH, "guidance_dim": WIDTH},
 }
+NONE = ("num_head_channels", "guidance_dim", "padding")  # that can also be None
 SEVERAL: dict[str, int] = {"channel_mult": DEEP, "ch_mult": DEEP, "attention_resolutions": WIDTH}
 FACTORS: dict[str, float] = {"scale_factor": 1e6, "layer_norm_eps": 1.0}
 
 
 def fits(field: str, value: Any) -> bool:
     """Whether a field of a config can have this value."""
+    if field in NONE and value is None:
+        return True
+    if field == "padding":  # the number of a token
+        return type(value) is int and 0 <= value < WIDTH
+    if field == "use_linear_in_transformer":
+        return isinstance(value, bool)
     if field in WHOLE:
         return type(value) is int and 0 < value <= WHOLE[field]
     if field in SEVERAL:
@@ -315,13 +348,15 @@ def config_of(kind: type, settings: Mapping[str, Any]) -> Any:
         layers = len(parts) + (config.transformer_depth - 1) * sum(part.kind == "transformer" for part in parts)
         if layers > LAYERS:
             raise LoadError(f"config: a UNet cannot have {layers:,} layers, but at most {LAYERS}: give usable sizes.")
+    if (guidance := getattr(config, "guidance_dim", None)) and (guidance < 4 or guidance % 2):
+        raise LoadError(f"config: guidance_dim must be even and at least 4, not {guidance}: give a usable size.")
     if kind is TextConfig:
         divided = {"num_attention_heads": [config.hidden_size]}
     elif kind is VAEConfig:
         divided = {"num_groups": [config.ch * m for m in (1, *config.ch_mult)]}
     else:
         widths = [config.model_channels * m for m in (1, *config.channel_mult)]
-        divided = {"num_groups": widths, "num_heads": widths[1:]}
+        divided = {"num_groups": widths, "num_head_channels" if config.num_head_channels else "num_heads": widths[1:]}
     for key, widths in divided.items():
         if odd := [width for width in widths if width % getattr(config, key)]:
             part = kind.__name__.removesuffix("Config").lower()

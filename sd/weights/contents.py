@@ -16,7 +16,7 @@ from .configs import PARTS, LoadError
 from .controlnets import find_controlnet
 from .embeddings import OF_SDXL, bundles_words, holds_words, read_words
 from .layout import OtherLayoutError
-from .source import METADATA, Source, find, modules, refuse_other_kinds
+from .source import METADATA, Source, find, inferred, modules, refuse_other_kinds
 from .vaes import FoundVAE, find_vae
 
 CONTROLNET = "ControlNet"  # stands among the parts of a source
@@ -62,10 +62,10 @@ def info(
     if names.kind_of(prefixed) == "ControlNet" and (facts := facts_of_controlnet(source, str(problem), **how)):
         return facts
     configs = dict(found.configs)
-    for part, (_, infer) in PARTS.items():
+    for part in PARTS:
         if part not in configs and found.parts[part]:
             try:
-                configs[part] = infer(found.parts[part])
+                configs[part] = inferred(found, part)
             except (KeyError, IndexError, ValueError, ZeroDivisionError):
                 configs[part] = {}
 
@@ -79,7 +79,8 @@ def info(
         "ema": any(n.startswith("model_ema.diffusion_model") for n in tensors),
         "tokenizer": found.tokenizer is not None,
         "image_size": found.size,
-        "prediction_type": found.defaults.prediction_type if found.defaults else found.prediction_type,
+        "prediction_type": found.defaults.prediction_type if found.defaults else found.prediction.kind,
+        "prediction_by": found.prediction.by,  # what decided
         "defaults": found.defaults.as_dict() if found.defaults else None,
         "unknown": found.unknown,
         "problem": problem,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..files import parse_json
 from . import hub, layout, names
 from .checkpoint import read
-from .configs import LoadError, count, infer_unet, unet_from_hub
+from .configs import LoadError, count, infer_unet, of_projection, unet_from_hub
 from .source import place_of, read_config_file
 
 EXPECTED = (
@@ -179,6 +179,7 @@ def infer_hub_controlnet(tensors: names.Tensors) -> dict[str, Any]:
         ),
         "context_dim": tensors[f"{middle}.0.attn2.to_k.weight"].shape[1],
         "transformer_depth": count(tensors, rf"{middle}\.(\d+)\."),
+        **of_projection(tensors["mid_block.attentions.0.proj_in.weight"]),
     } | hint_sizes([tensors[name] for name in (f"{block}conv_in.weight", *hints, f"{block}conv_out.weight")])
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..files import read_utf8
 from ..image import MAX_SIDE
 from ..schedule import PREDICTIONS, SPACINGS
 from ..scheduler import SCHEDULERS, V1, NoiseSchedule, Scheduler, find_name, make_scheduler
+from .predictions import says_yes
 from .scheduler_config import solver_of
 
 
@@ -165,41 +164,30 @@ def defaults_of(config: Mapping[str, Any], schedule: NoiseSchedule, name: str) -
 
 # ---- of single files
 
-_V = {"v", "v_prediction", "v-prediction", "vpred", "velocity"}  # words for one thing
-_PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?([\w-]+)""", re.MULTILINE)
 
-
-def prediction_type(path: Path, metadata: Mapping[str, Any], tensors: Iterable[str]) -> str:
-    """What the model of a single file predicts, as far as that is said: "epsilon", where nothing is.
-
-    Said in the header (the keys of modelspec and of kohya's trainer), by a tensor called v_pred, or in a CompVis
-    config beside the file, of the same name with the ending .yaml.
-    """
-    said = [str(metadata.get("modelspec.prediction_type", ""))]
-    if says_yes(metadata.get("ss_v_parameterization")) or "v_pred" in tensors:
-        said.append("v")
-    for beside in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
-        if beside.is_file():
-            try:
-                said += _PARAMETERIZATION.findall(read_utf8(beside, limit=1 << 20))
-            except ValueError:  # of something else
-                continue
-    said = [word.lower() for word in said if word.lower() not in ("", "eps", "epsilon")]
-    return "epsilon" if not said else "v_prediction" if said[0] in _V else said[0][:40]
-
-
-def says_yes(value: Any) -> bool:
-    return str(value).lower() in ("true", "1")
-
-
-def defaults_of_file(prediction: str, metadata: Mapping[str, Any], tensors: Iterable[str]) -> Defaults:
-    """The defaults of a single file that `prediction_type` has looked at.
+def defaults_of_file(
+    prediction: str, metadata: Mapping[str, Any], tensors: Iterable[str], turbo: bool = False
+) -> Defaults:
+    """The defaults of a single file whose model predicts this.
 
     A tensor called ztsnr, or kohya's trainer, says that its last timestep is noise alone. Then the steps begin there
-    (arXiv:2305.08891): PNDM cannot, DDIM can. Nor does PNDM work with a predicted x_0.
+    (arXiv:2305.08891): PNDM cannot, DDIM can. Nor does PNDM work with a predicted x_0. turbo: it is SD-Turbo's.
     """
     to_noise = "ztsnr" in tensors or says_yes(metadata.get("ss_zero_terminal_snr"))
     schedule = NoiseSchedule(prediction_type=prediction, rescale_betas_zero_snr=to_noise)
+    if turbo:
+        return as_turbo(Defaults(prediction_type=prediction, schedule=schedule))
     solver = "ddim" if to_noise or prediction == "sample" else "pndm"
     options = {"timestep_spacing": "trailing"} if to_noise else {}
     return Defaults(solver, prediction_type=prediction, schedule=schedule, options=options)
+
+
+def is_turbo(*said: str) -> bool:
+    """Whether what a model is called says that it is SD-Turbo's: its files say it in no other way."""
+    return any(re.search(r"(?<![a-z])turbo(?![a-z])", text.lower()) for text in said)
+
+
+def as_turbo(defaults: Defaults) -> Defaults:
+    """SD-Turbo draws in one step, without guidance (arXiv:2311.17042), which begins at noise alone."""
+    options = {"timestep_spacing": "trailing"}
+    return replace(defaults, scheduler="euler", num_inference_steps=1, guidance_scale=0.0, options=options)

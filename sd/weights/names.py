@@ -24,12 +24,14 @@ PREFIXES = {
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 PARTS = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
+OPEN_CLIP = "cond_stage_model.model."  # where a file of SD 2 has OpenCLIP's text encoder, under names of its own
 
 # In files, but not weights of the model: schedule buffers, losses, counters (each a full match).
 KNOWN_EXTRAS = re.compile(
     r"(betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
     r"|v_pred|ztsnr|model_ema\..*|first_stage_model\.loss\..*|loss\..*|.*position_ids"
-    r"|(cond_stage_model\.)?(transformer\.)?(text_model\.)?(logit_scale|text_projection(\.weight)?))"
+    r"|(cond_stage_model\.)?((transformer\.)?(text_model\.)?|model\.)(logit_scale|text_projection(\.weight)?)"
+    r"|cond_stage_model\.model\.attn_mask)"
 )
 
 # ---- CompVis names to the Hub's
@@ -69,6 +71,8 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
+    if config.guidance_dim:
+        table["time_embed.cond_proj"] = "time_embedding.cond_proj"
     last = len(config.channel_mult) - 1
     # What follows the block's name: the convolution in a layer that changes the resolution, and the list on the Hub.
     kinds = {"res": ("", "resnets"), "transformer": ("", "attentions")}
@@ -157,8 +161,11 @@ def split(tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """A flat file -> its parts, each without its prefix, and the names that belong to none of them."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
     unknown = []
+    open_clip = {n.removeprefix(OPEN_CLIP): t for n, t in tensors.items() if n.startswith(OPEN_CLIP)
+                 and not KNOWN_EXTRAS.fullmatch(n)}  # fmt: skip
+    parts["text"] = from_open_clip(open_clip)
     for name, tensor in tensors.items():
-        if KNOWN_EXTRAS.fullmatch(name):
+        if KNOWN_EXTRAS.fullmatch(name) or name.startswith(OPEN_CLIP):
             continue
         part, short = _place(name)
         if part == "vae":
@@ -168,6 +175,41 @@ def split(tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         else:
             parts[part][short] = tensor
     return parts, unknown
+
+
+_OPEN_CLIP = (
+    (r"token_embedding\.weight", "embeddings.token_embedding.weight"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"ln_final\.", "final_layer_norm."),
+    (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+
+def from_open_clip(tensors: Tensors) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder under our names; those that have no place in it keep theirs.
+
+    Its queries, keys and values are one tensor. Its last layer is left out, for SD 2 reads the text before it; some
+    converters have left that out, and 23 of the 24 layers are there.
+    """
+    layers = {m[1] for name in tensors if (m := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
+    last = f"transformer.resblocks.{len(layers) - 1}." if len(layers) != 23 else None
+    result = {}
+    for name, tensor in tensors.items():
+        if last and name.startswith(last):
+            continue
+        for pattern, replacement in _OPEN_CLIP:
+            name = re.sub(rf"^{pattern}" if pattern[0] != "\\" else pattern, replacement, name)
+        head, joined, kind = name.rpartition("in_proj_")
+        if joined and tensor.shape[0] % 3 == 0:
+            for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
+                result[f"{head}{letter}_proj.{kind}"] = piece
+        else:
+            result[name] = tensor
+    return result
 
 
 def _vae_attention(name: str, tensor: Tensor) -> tuple[str, Tensor]:
@@ -204,7 +246,8 @@ def ema_names(names: Iterable[str]) -> dict[str, str]:
 
 # ---- what a file holds, by its names and shapes
 
-CONTEXTS = {1024: "SD 2", 2048: "SDXL"}  # widths of the text's embeddings
+SD1, SD2 = "Stable Diffusion v1", "Stable Diffusion 2"  # those that are read here
+CONTEXTS = {2048: "SDXL"}  # widths of the text's embeddings
 MARKS = {  # a tensor of each part that other models have not
     "unet": "input_blocks.0.0.weight",
     "vae": "decoder.conv_in.weight",
@@ -255,7 +298,7 @@ def from_taesd(tensors: Tensors, half: str) -> dict[str, Tensor]:
 
 
 def kind_of(tensors: Tensors) -> str:
-    """A short name for what a file holds: "Stable Diffusion v1", or which other thing."""
+    """A short name for what a file holds: "Stable Diffusion v1", "Stable Diffusion 2", or which other thing."""
     names = tensors.keys()
 
     def any_of(*words: str) -> bool:
@@ -269,8 +312,6 @@ def kind_of(tensors: Tensors) -> str:
         return "SD 3 or Flux"
     if any_of("control_model.", "input_hint_block.", "controlnet_cond_embedding."):
         return "ControlNet"
-    if any_of("cond_stage_model.model."):
-        return "SD 2"
     inputs = ("input_blocks.0.0.weight", PREFIXES["unet"] + "conv_in.weight")  # CompVis' name, the Hub's
     first = next((t for n, t in tensors.items() if n.endswith(inputs)), None)
     if first is not None and first.ndim == 4 and first.shape[1] not in (4, 9):
@@ -282,4 +323,11 @@ def kind_of(tensors: Tensors) -> str:
     if any(re.match(r"(encoder\.)?down_blocks\.", name) for name in names):  # a file out of unet/ or vae/
         return "the Hub layout's (one part of a model: give the folder around it)"
     parts = split(tensors)[0]
-    return "Stable Diffusion v1" if any(name in parts[part] for part, name in MARKS.items()) else "unknown"
+    if not any(name in parts[part] for part, name in MARKS.items()):
+        return "unknown"
+    return SD2 if any_of(OPEN_CLIP) or is_sd2(parts["unet"]) else SD1
+
+
+def is_sd2(unet: Tensors) -> bool:
+    """Whether these tensors are of SD 2's UNet: its projections into a transformer are linear, not convolutions."""
+    return any(name.endswith(".1.proj_in.weight") and tensor.ndim == 2 for name, tensor in unet.items())

@@ -24,8 +24,9 @@ from ..vae import VAE, VAEConfig
 from . import embeddings, hub, layout, names
 from .checkpoint import read
 from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
-from .defaults import Defaults, check_schedule, defaults_from_hub, defaults_of_file, prediction_type
-from .tokenizer import ADDED, read_tokenizer
+from .defaults import Defaults, as_turbo, check_schedule, defaults_from_hub, defaults_of_file, is_turbo
+from .predictions import DOUBT, NOISE, Prediction, prediction_of
+from .tokenizer import ADDED, padding_of, read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
 EXPECTED = (
@@ -46,10 +47,11 @@ class Source:
     weights: Path  # the file, or that of the UNet; the first, if it has several
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # as far as the source tells
     tokenizer: dict[str, str] | None = None
+    family: str = names.SD1  # or names.SD2
     size: int | None = None
     known_words: list[str] | None = None
     defaults: Defaults | None = None  # of a drawing, as far as the source tells
-    prediction_type: str = "epsilon"
+    prediction: Prediction = NOISE
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of a single file: all, by its own names
     metadata: dict[str, Any] = field(default_factory=dict)
     maps: list[tuple[Path, mmap]] = field(default_factory=list)  # of all files that tensors are mapped from
@@ -110,9 +112,9 @@ def find_file(path: Path, name: str) -> Source:
     file = read(path, embeddings.INSIDE)
     parts, unknown = names.split(file.tensors)
     found = Source(name, "CompVis file", parts, unknown, path, tensors=file.tensors, metadata=file.metadata)
-    found.prediction_type = prediction_type(path, file.metadata, file.tensors)
-    if found.prediction_type in PREDICTIONS:
-        found.defaults = defaults_of_file(found.prediction_type, file.metadata, file.tensors)
+    found.family = names.SD2 if names.is_sd2(parts["unet"]) else names.SD1
+    doubtful = found.family == names.SD2 and METADATA not in file.metadata
+    decide(found, prediction_of(path, file.metadata, file.tensors, parts["unet"], doubtful))
     found.maps, found.files = [(path, file.map)], {"unet": [path]}
     if METADATA in file.metadata:
         try:
@@ -137,6 +139,17 @@ def find_file(path: Path, name: str) -> Source:
         except (ValueError, TypeError, AttributeError) as error:
             raise LoadError(f"{path} has defaults that cannot be used ({error}): convert it again.") from None
     return found
+
+
+def decide(found: Source, prediction: Prediction) -> None:
+    """Let a source predict this: it has the defaults that belong to it, and the size, where files do not tell it."""
+    found.prediction = prediction
+    if found.kind != "CompVis file" or prediction.kind not in PREDICTIONS:
+        return
+    turbo = found.family == names.SD2 and is_turbo(found.name, str(found.metadata.get("modelspec.title", "")))
+    found.defaults = defaults_of_file(prediction.kind, found.metadata, found.tensors, turbo)
+    if found.family == names.SD2:
+        found.size = 768 if prediction.kind == "v_prediction" else 512
 
 
 # ---- the Hub's layout
@@ -177,14 +190,20 @@ def describe_folder(
         return Source(name, "Hub layout", dict(tensors), [], weights, problem=str(error))
     try:
         texts = read_tokenizer(folder / "tokenizer")
+        padding = padding_of(folder / "tokenizer", texts) if texts else None
     except ValueError as error:
         raise LoadError(f"{name} has a tokenizer that cannot be read ({error}): replace it.") from None
+    configs["text"] |= {} if padding is None else {"padding": padding}
     side = read_config_file(folder, name, "unet/config.json").get("sample_size") or 64
     side = side if type(side) is int else 64
     size = 2 ** (len(configs["vae"]["ch_mult"]) - 1) * side
     found = Source(name, "Hub layout", parts, [], weights, configs, tokenizer=texts, size=size)
+    found.family = names.SD2 if configs["unet"].get("use_linear_in_transformer") else names.SD1
     if (folder / "scheduler/scheduler_config.json").exists():
         found.defaults = defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"), name)
+        found.prediction = Prediction(found.defaults.prediction_type, "scheduler_config.json")
+    if found.family == names.SD2 and is_turbo(Path(name).name):
+        found.defaults = as_turbo(found.defaults or Defaults())
     return found
 
 
@@ -275,15 +294,21 @@ def refuse_other_kinds(found: Source) -> None:
         raise LoadError(f"{found.name} holds a LoRA, not a model: add it to one with sd.lora (--lora).")
     if kind == "ControlNet":
         raise controlnet_alone(found.name)
-    if kind != "Stable Diffusion v1":
+    if kind not in (names.SD1, names.SD2):
         what = "weights that are not recognised" if kind == "unknown" else f"{kind} weights"
         raise LoadError(
-            f"{found.name} holds {what}: this library draws with Stable Diffusion v1 (text to image) only; "
-            "give a v1 checkpoint, such as CompVis/stable-diffusion-v1-4."
+            f"{found.name} holds {what}: this library draws with Stable Diffusion v1 and 2 (text to image) only; "
+            "give such a checkpoint, as CompVis/stable-diffusion-v1-4."
         )
-    if found.prediction_type not in PREDICTIONS:
+    if found.prediction.kind == DOUBT:
         raise LoadError(
-            f"{found.name} says that it predicts {found.prediction_type!r}: this library draws only with models that "
+            f"{found.name} holds Stable Diffusion 2 and does not say whether it predicts the noise (epsilon) or the "
+            'velocity (v_prediction), nor do its weights: give config={"defaults": {"prediction_type": "epsilon"}}, '
+            'or "v_prediction" (--config with a file of that).'
+        )
+    if found.prediction.kind not in PREDICTIONS:
+        raise LoadError(
+            f"{found.name} says that it predicts {found.prediction.kind!r}: this library draws only with models that "
             f"predict {', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]}; give one of those."
         )
     if found.unknown:
@@ -307,10 +332,18 @@ def ema_weights(found: Source) -> dict[str, Tensor]:
 # ---- the networks that its tensors are of
 
 
+def inferred(found: Source, part: str) -> dict[str, Any]:
+    """Fields of a part's config that its tensors tell. Raises KeyError and the like where some are missing."""
+    settings = PARTS[part][1](found.parts[part])
+    if part == "text" and found.family == names.SD2:  # OpenCLIP's
+        settings |= {"hidden_act": "gelu", "padding": 0}
+    return settings
+
+
 def sizes(found: Source, config: Mapping[str, Any]) -> tuple[UNetConfig, VAEConfig, TextConfig]:
     """What the source tells of the sizes, or else its shapes; `config` overrides both. Raises LoadError."""
     result = []
-    for part, (kind, infer) in PARTS.items():
+    for part, (kind, _) in PARTS.items():
         if not found.parts[part]:
             remedy = "give the full checkpoint or the repository"
             if part == "vae" and found.parts["text"]:
@@ -322,7 +355,7 @@ def sizes(found: Source, config: Mapping[str, Any]) -> tuple[UNetConfig, VAEConf
         settings = found.configs.get(part)
         if settings is None:
             try:
-                settings = infer(found.parts[part])
+                settings = inferred(found, part)
             except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
                 raise LoadError(
                     f"{found.name} has a {names.PARTS[part]} that is not Stable Diffusion v1's or is incomplete: "

@@ -67,6 +67,24 @@ def vocabulary_of(file: Path) -> dict[str, str]:
     return {"vocab.json": vocab, "merges.txt": "\n".join(["#version: 0.2", *merges, ""])}
 
 
+def padding_of(folder: Path, texts: Mapping[str, str]) -> int | None:
+    """The token that a tokenizer fills texts up with, where it is not the end of the text: "!", of SD 2, is 0.
+
+    As from_pretrained of transformers reads it: tokenizer_config.json says it, else special_tokens_map.json.
+    Raises ValueError.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        said = read_json(folder / name) if (folder / name).is_file() else None
+        token = said.get("pad_token") if isinstance(said, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            number = parse_json(texts["vocab.json"]).get(token) if isinstance(token, str) else None
+            if token != OWN[1] and type(number) is not int:
+                raise ValueError(f"it fills texts up with {short(token)}, which is not in its vocabulary")
+            return None if token == OWN[1] else number
+    return None
+
+
 # ---- words beside the vocabulary
 
 PLAIN: dict[str, Any] = dict.fromkeys(FLAGS[:3], False)
