@@ -48,6 +48,36 @@ def compvis_tensors(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
     }
 
 
+def open_clip_tensors(text: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """The weights of a text encoder as OpenCLIP has them in a file of SD 2, with one layer more, for nothing."""
+    prefix, blocks = names.OPEN_CLIP, names.OPEN_CLIP + "transformer.resblocks."
+    result = {
+        prefix + "token_embedding.weight": text["embeddings.token_embedding.weight"],
+        prefix + "positional_embedding": text["embeddings.position_embedding.weight"],
+        prefix + "text_projection": torch.zeros(3, 3),
+        prefix + "logit_scale": torch.zeros(()),
+        blocks + f"{layers}.ln_1.weight": torch.zeros(3),
+        blocks + f"{layers}.attn.in_proj_weight": torch.zeros(9, 3),
+    }
+    kinds = ("weight", "bias")
+    result |= {f"{prefix}ln_final.{kind}": text[f"final_layer_norm.{kind}"] for kind in kinds}
+    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+    for i in range(layers):
+        ours = f"encoder.layers.{i}."
+        for kind in kinds:
+            result |= {f"{blocks}{i}.{a}.{kind}": text[f"{ours}{b}.{kind}"] for a, b in parts.items()}
+            joined = torch.cat([text[f"{ours}self_attn.{letter}_proj.{kind}"] for letter in "qkv"])
+            result[f"{blocks}{i}.attn.in_proj_{kind}"] = joined
+    return result
+
+
+def sd2_tensors(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
+    """All weights as a single file of Stable Diffusion 2 has them."""
+    kept = {n: t for n, t in compvis_tensors(model).items() if not n.startswith("cond_stage_model")}
+    return kept | open_clip_tensors(model.text.state_dict(), model.text.config.num_hidden_layers)
+
+
 def extras() -> dict[str, torch.Tensor]:
     """What CompVis checkpoints hold beside the weights."""
     buffers = [
@@ -105,11 +135,13 @@ def write_hub(folder: Path, model: sd.StableDiffusion, *, old_vae: bool = False,
     diffusers_vae(model).save_config(folder / "vae")
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     schedule |= {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+    schedule["prediction_type"] = model.defaults.prediction_type
     PNDMScheduler.from_config(schedule).save_config(folder / "scheduler")
     config = transformers_text(model.text).config
     config.architectures = ["CLIPTextModel"]
     config.save_pretrained(folder / "text_encoder")
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    tokenizer |= {"pad_token": "!"} if model.text.config.padding == 0 else {}
     (write_tokenizer(folder / "tokenizer") / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}
     index = {"_class_name": "StableDiffusionPipeline"} | {k: ["diffusers", v] for k, v in parts.items()}

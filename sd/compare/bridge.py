@@ -87,8 +87,9 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
     """A model that computes with the very tensors of a pipeline of diffusers: no weight is copied.
 
     pipe: a StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline or their like, of
-    Stable Diffusion v1 or 2: UNet2DConditionModel with 4 channels, or with 9 for inpainting, or one that is told its
-    guidance (LCM), AutoencoderKL, transformers' CLIPTextModel and a CLIPTokenizer, on any device and in any dtype. It stays as it is.
+    Stable Diffusion v1 or 2: UNet2DConditionModel with 4 channels, with 9 for inpainting, or one that is told its
+    guidance (LCM), AutoencoderKL, transformers' CLIPTextModel and a CLIPTokenizer, on any device and in any dtype.
+    It stays as it is.
 
     The model draws by the pipeline's scheduler, with its noise schedule, and in its size; in 50 steps (LCM: 4) at
     guidance 7.5. All that is in `model.defaults`. A safety checker is left out. See `to_diffusers` for what is

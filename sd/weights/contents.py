@@ -200,6 +200,10 @@ def format_info(facts: Mapping[str, Any]) -> str:
             f"draws with    {usual['scheduler']}{options}, {usual['num_inference_steps']} steps, guidance "
             f"{usual['guidance_scale']:g}; the UNet predicts {MEANS[usual['prediction_type']]}"
         )
+    if facts["parts"] and facts.get("prediction_by"):
+        lines.append(f"prediction    told by {printable(facts['prediction_by'], 200)}")
+    if facts["parts"] and (facts["parts"].get("unet", {}).get("config") or {}).get("guidance_dim"):
+        lines.append("guidance      the UNet is told its guidance scale, as LCM's are: there is no second half")
     if facts["metadata"]:
         some = list(facts["metadata"].items())[:20]
         more = f", and {len(facts['metadata']) - 20} more" if len(facts["metadata"]) > 20 else ""

@@ -29,6 +29,7 @@ class Prediction(NamedTuple):
 
     kind: str
     by: str
+    guessed: bool = False  # by a statistic
 
 
 NOISE = Prediction("epsilon", "")  # where nothing is said
@@ -72,7 +73,7 @@ def by_statistic(bias: Tensor | None) -> Prediction:
     by = f"a statistic of its weights (the spread of {STATISTIC} is {spread:.3f}; above {LIMIT} it is v)"
     if not math.isfinite(spread) or spread == 0 or abs(spread - LIMIT) < NEAR:
         return Prediction(DOUBT, by)
-    return Prediction("v_prediction" if spread > LIMIT else "epsilon", by)
+    return Prediction("v_prediction" if spread > LIMIT else "epsilon", by, guessed=True)
 
 
 def says_yes(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +44,12 @@ def settle(found: Source, config: Mapping[str, Any] | str | os.PathLike[str] | N
     """Let what is said of drawing ("defaults" of a config) stand before what the source says; returns the rest."""
     sizes = read_config(config)
     said = dict(sizes.pop(DEFAULTS, {}))
+    if "prediction_type" not in said and found.prediction.guessed:
+        warnings.warn(
+            f"{found.name} does not say what it predicts: by {found.prediction.by} it is {found.prediction.kind}. If "
+            'its pictures look wrong, say so with config={"defaults": {"prediction_type": ...}} (--config).',
+            stacklevel=3,
+        )
     if not said:
         return sizes
     try:
