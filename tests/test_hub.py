@@ -62,9 +62,9 @@ def hub(tiny, tmp_path_factory):
     for name in ("unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors", "v1.ckpt", "README.md"):
         (full / name).parent.mkdir(exist_ok=True)
         (full / name).write_bytes(b"not needed")
-    other = shutil.copytree(full, folder / "sd2")
+    other = shutil.copytree(full, folder / "sdxl")
     config = json.loads((other / "unet/config.json").read_text())
-    config |= {"cross_attention_dim": 1024, "use_linear_projection": True}
+    config |= {"cross_attention_dim": 2048, "use_linear_projection": True}
     (other / "unet/config.json").write_text(json.dumps(config))
     loose = folder / "loose"
     loose.mkdir()
@@ -77,7 +77,7 @@ def hub(tiny, tmp_path_factory):
             save_file(dict(half), split / f"{where}-{number:05}-of-00002.safetensors")
         (split / f"{where}.safetensors").unlink()
     vae = shutil.copytree(full / "vae", folder / "vae")  # at the top, as stabilityai/sd-vae-ft-mse
-    folders = {"a/vae": vae, "a/tiny": full, "a/gated": full, "a/sd2": other, "a/loose": loose, "a/split": split}
+    folders = {"a/vae": vae, "a/tiny": full, "a/gated": full, "a/sdxl": other, "a/loose": loose, "a/split": split}
     folders[CLIP] = write_tokenizer(folder / "clip")
 
     with serve(folders) as (address, served):
@@ -176,7 +176,7 @@ def test_refusals(hub):
         ["load", "a/gated", {"token": "hf_wrong"}],
         ["load", "a/tiny", {"revision": "nope"}],
         ["load", "a/tiny", {"variant": "fp16"}],
-        ["load", "a/sd2", {}],
+        ["load", "a/sdxl", {}],
         ["load", "a/loose", {}],
         ["info", "a/tiny", {}],
         ["info", "a/split", {}],
@@ -184,7 +184,7 @@ def test_refusals(hub):
     *answers, facts, split = hub(*calls, cache="refusals")
     gated = "a/gated is gated: accept its licence at https://huggingface.co/a/gated, then log in with `hf auth"
     expected = ["There is no repository a/none on the Hub", gated, gated, "a/tiny has no revision 'nope'"]
-    expected += ["a/tiny has no weights unet/diffusion_pytorch_model.fp16.safetensors", "it holds SD 2 weights"]
+    expected += ["a/tiny has no weights unet/diffusion_pytorch_model.fp16.safetensors", "it holds SDXL weights"]
     expected += ["download model.ckpt and give its path"]
     for answer, part in zip(answers, expected, strict=True):
         assert part in answer

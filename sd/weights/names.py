@@ -190,7 +190,7 @@ _OPEN_CLIP = (
 
 
 def from_open_clip(tensors: Tensors) -> dict[str, Tensor]:
-    """OpenCLIP's text encoder under our names; those that have no place in it keep theirs.
+    """OpenCLIP's text encoder under our names; what has no place in it keeps its own, behind "model.".
 
     Its queries, keys and values are one tensor. Its last layer is left out, for SD 2 reads the text before it; some
     converters have left that out, and 23 of the 24 layers are there.
@@ -201,8 +201,10 @@ def from_open_clip(tensors: Tensors) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if last and name.startswith(last):
             continue
+        theirs = name
         for pattern, replacement in _OPEN_CLIP:
             name = re.sub(rf"^{pattern}" if pattern[0] != "\\" else pattern, replacement, name)
+        name = f"model.{name}" if name == theirs else name
         head, joined, kind = name.rpartition("in_proj_")
         if joined and tensor.shape[0] % 3 == 0:
             for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
