@@ -11,6 +11,7 @@ import torch
 import sd
 from sd import study
 from sd.adapt.taesd import TinyVAE
+from sd.compare.reference import random_model_of
 from sd.weights.checkpoint import read, write_safetensors
 from tests.layouts import make_model, random_tensors
 from tests.loras import attention_of, lora_tensors, write_lora
@@ -139,6 +140,16 @@ def in_float8(way, model):
     torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
 
 
+def relative(kind):
+    def draw(way, model):
+        other = random_model_of(kind, model.dtype)
+        latents = sampler_of(way, other)(["a star", "a ring"], guidance_scale=3.0, **CALL)
+        wanted = sd.SimpleSampler(other)(["a star", "a ring"], guidance_scale=3.0, **CALL)
+        torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+
+    return draw
+
+
 def invert(way, model):
     sd.invert(sampler_of(way, model), torch.rand(1, 3, 64, 64), "a star", num_inference_steps=2)
 
@@ -190,6 +201,8 @@ FEATURES = {
     "`sd.with_vae`": other_vae,
     "TAESD as the VAE": taesd,
     "weights in float8": in_float8,
+    "Stable Diffusion 2, with v": relative("small-sd2"),
+    "LCM's UNets, which are told their guidance": relative("small-lcm"),
     "`sd.invert`": invert,
     "`stream`, step by step": stream,
     "a model that `sd.fast` made": fast_model,
