@@ -22,7 +22,7 @@ from ..model import StableDiffusion
 from ..schedule import NoiseSchedule
 from ..weights import names
 from ..weights.configs import LoadError, text_from_hub, unet_from_hub, vae_from_hub
-from ..weights.defaults import Defaults, check_schedule, defaults_of
+from ..weights.defaults import Defaults, as_turbo, check_schedule, defaults_of, is_turbo
 from ..weights.mapped import WeightFiles
 from ..weights.source import Source, only_v1, refuse_other_kinds, rename
 from ..weights.tokenizer import read_tokenizer
@@ -126,6 +126,8 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
     factor = 2 ** (len(configs["vae"]["ch_mult"]) - 1)
     found.size = factor * max(height, width)
     found.defaults = defaults_of_pipeline(scheduler, left_out, name)
+    if found.family == names.SD2 and is_turbo(str(getattr(pipe, "name_or_path", None) or "").rsplit("/", 1)[-1]):
+        found.defaults = as_turbo(found.defaults)
     if height != width:
         found.defaults = replace(found.defaults, height=factor * height, width=factor * width)
     model = build(found, {}, texts)
