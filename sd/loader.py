@@ -24,7 +24,7 @@ from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
 from .weights.tokenizer import check_added, find_texts, tokenizer_texts
-from .weights.told import let_speak
+from .weights.told import apply_config
 from .weights.unread import leave_in_file, tensors_of
 from .weights.vaes import find_vae, put_in
 
@@ -68,7 +68,7 @@ def load(
     """
     check_dtype(dtype)
     found = find(source, revision=revision, token=token, variant=variant)
-    sizes = let_speak(found, config)
+    sizes = apply_config(found, config)
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)
@@ -202,7 +202,7 @@ def convert(
     if Path(out).exists() and not force:
         raise LoadError(f"{out} exists: choose another name, or write over it with force (--force).")
     found = find(source, revision=revision, token=token, variant=variant)
-    sizes = let_speak(found, config)
+    sizes = apply_config(found, config)
     refuse_other_kinds(found)
     if ema:
         found.parts["unet"] = ema_weights(found)

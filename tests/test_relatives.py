@@ -14,9 +14,12 @@ import sd
 from sd.compare.reference import SMALL_TEXT_2, SMALL_UNET_2, diffusers_scheduler, random_model_of, transformers_text
 from sd.prompts.words import words_of
 from sd.schedule import NoiseSchedule
+from sd.study.description import describe
 from sd.study.maps import attention_maps
+from sd.study.traces import trace
 from sd.time_embedding import guidance_embedding
 from sd.weights import names
+from sd.weights.configs import config_of, infer_unet, unet_from_hub
 from sd.weights.contents import format_info, info
 from sd.weights.defaults import Defaults, as_turbo
 from sd.weights.predictions import STATISTIC
@@ -392,3 +395,31 @@ def test_what_they_are_not():
         with pytest.raises(sd.LoadError, match=message):
             sd.load("shapes", config={"unet": unet})
     assert TEXT.padding is None
+
+
+def test_the_full_sizes():
+    """Of SD 2.1 and of LCM_Dreamshaper_v7, by the configs of their repositories, where these are not v1's."""
+    from diffusers import UNet2DConditionModel
+
+    common = {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 96}
+    two = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
+           "upcast_attention": True, "dual_cross_attention": False, "only_cross_attention": False}  # fmt: skip
+    one = {"attention_head_dim": 8, "cross_attention_dim": 768, "time_cond_proj_dim": 256}
+    for options, count in ((two, 865_910_724), (one, 859_520_964 + 256 * 320)):
+        with torch.device("meta"):
+            theirs = UNet2DConditionModel(**common, **options)
+            config = unet_from_hub(json.loads(theirs.to_json_string()))
+            ours = sd.UNet(config_of(sd.UNetConfig, config))
+        assert sum(p.numel() for p in ours.parameters()) == count
+        shapes, expected = ({n: t.shape for n, t in unet.state_dict().items()} for unet in (ours, theirs))
+        assert {hub: shapes[n] for n, hub in names.unet_to_hub(shapes, ours.config).items()} == expected
+        assert infer_unet(ours.state_dict()).items() <= {**vars(ours.config)}.items()
+        assert ours.config.heads(1280) == (20 if options is two else 8)
+
+
+@pytest.mark.parametrize("kind", ["small-sd2", "small-lcm"])
+def test_a_relative_is_described_and_traced(kind):
+    model = random_model_of(kind, torch.float32)
+    assert describe(model).whole("UNet").parameters == sum(p.numel() for p in model.unet.parameters())
+    sampler, call = sd.SimpleSampler(model), {"num_inference_steps": 2, "guidance_scale": 3.0}
+    assert torch.equal(trace(sampler, PROMPT, **call).latents, sampler(PROMPT, output_type="latent", **call))

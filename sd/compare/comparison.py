@@ -32,7 +32,7 @@ from ..weights.configs import LoadError
 from ..weights.names import PARTS
 from ..weights.source import Source, find, refuse_other_kinds
 from ..weights.tokenizer import tokenizer_texts
-from ..weights.told import let_speak
+from ..weights.told import apply_config
 from ..weights.unread import read_weights
 from . import reference
 from .drawings import compare_drawings
@@ -272,8 +272,8 @@ def compare_sources(
     """
     check_dtype(dtype)
     first, second = (find(s, revision=revision, token=token, variant=variant) for s in (a, b))
-    settings = let_speak(first, config)
-    let_speak(second, config)
+    settings = apply_config(first, config)
+    apply_config(second, config)
     refuse_other_kinds(first)
     refuse_other_kinds(second)
     report = Report(f"A: {first.name} ({first.kind})\nB: {second.name} ({second.kind})", ("A", "B"))

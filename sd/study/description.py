@@ -25,7 +25,7 @@ from ..unet import UNet, UNetConfig
 from ..vae import VAE, VAEConfig
 from ..weights.configs import LoadError
 from ..weights.source import find, refuse_other_kinds, sizes
-from ..weights.told import read_config, let_speak
+from ..weights.told import apply_config, read_config
 
 ROWS = {  # the modules that are the lines of a table; between them they hold every parameter
     "text encoder": r"embeddings|encoder\.layers\.\d+|final_layer_norm",
@@ -156,7 +156,7 @@ def _sizes(
     found = find(source, look=True, **where)
     if found.problem:
         raise LoadError(found.problem)
-    config = let_speak(found, config)
+    config = apply_config(found, config)
     refuse_other_kinds(found)
     configs = sizes(found, config)
     return found.name, found.size or 512, configs, next(iter(found.parts["unet"].values())).dtype

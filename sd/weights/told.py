@@ -40,7 +40,7 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> di
     return dict(config)
 
 
-def let_speak(found: Source, config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
+def apply_config(found: Source, config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
     """Let what is said of drawing ("defaults" of a config) stand before what the source says; returns the rest."""
     sizes = read_config(config)
     said = dict(sizes.pop(DEFAULTS, {}))
