@@ -8,10 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import sd
-from sd.compare.reference import SMALL_TEXT_2, SMALL_UNET_2, diffusers_scheduler, random_model_of, transformers_text
+from sd.compare.reference import (
+    SMALL_TEXT_2,
+    SMALL_UNET_2,
+    diffusers_controlnet,
+    diffusers_scheduler,
+    random_controlnet,
+    random_model_of,
+    transformers_text,
+)
 from sd.prompts.words import words_of
 from sd.schedule import NoiseSchedule
 from sd.study.description import describe
@@ -140,6 +149,31 @@ def test_a_lora_with_lcms_solver(tiny, tmp_path):
     drawn = sd.SimpleSampler(model)(PROMPT, seed=3, scheduler="lcm", **call)
     assert max(abs(a.astype(int) - b).max() for a, b in zip(pixels(drawn), pixels(expected), strict=True)) <= 1
     assert not same_pixels(drawn, sd.SimpleSampler(tiny)(PROMPT, seed=3, scheduler="lcm", **call))
+
+
+def test_a_controlnet_of_sd2():
+    model = sd2("v_prediction")
+    net = random_controlnet(model, hint_widths=(16, 32, 48, 64))
+    picture = Image.fromarray(torch.arange(64 * 64 * 3).reshape(64, 64, 3).remainder(251).byte().numpy())
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0}
+    theirs = diffusers_scheduler(model.defaults.make_scheduler("ddim", 2))
+    kind, parts = "StableDiffusionControlNetPipeline", {"controlnet": diffusers_controlnet(net)}
+    expected = diffusers_images(model, theirs, PROMPT, kind, parts=parts, image=picture, **call)
+    sampler = sd.SimpleSampler(model)
+    drawn = sampler(PROMPT, seed=3, scheduler="ddim", controlnet=net, control_image=picture, **call)
+    assert same_pixels(drawn, expected)
+
+
+def test_a_lora_of_sd2(tmp_path):
+    """Its projections are linear; some trainers write them as convolutions of 1 x 1 all the same."""
+    model, stem = sd2(), "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = torch.randn(4, 64), torch.randn(64, 4)
+    for shape in ((), (1, 1)):
+        parts = {"lora_down": down.reshape(4, 64, *shape), "lora_up": up.reshape(64, 4, *shape)}
+        save_file({f"{stem}.{part}.weight": t for part, t in parts.items()}, tmp_path / "a.safetensors")
+        adapted = sd.lora(model, tmp_path / "a.safetensors")
+        got, plain = (m.unet.state_dict()["middle_block.1.proj_in.weight"] for m in (adapted, model))
+        torch.testing.assert_close(got, plain + up @ down)
 
 
 # ---- the ways to run
