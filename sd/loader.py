@@ -24,7 +24,7 @@ from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
 from .weights.tokenizer import check_added, find_texts, tokenizer_texts
-from .weights.told import apply_config
+from .weights.told import apply_config, places
 from .weights.unread import leave_in_file, tensors_of
 from .weights.vaes import find_vae, put_in
 
@@ -78,25 +78,6 @@ def load(
     dtypes = {part: dtype or (torch.float32 if d.type == "cpu" else torch.float16) for part, d in devices.items()}
     texts = find_texts(found, tokenizer, token)
     return build(found, sizes, texts, devices, dtypes)
-
-
-def check_device(device: str | torch.device) -> None:
-    """Raise LoadError unless this torch can compute there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # as torch says it, by kind of device
-        raise LoadError(
-            f"There is no device {str(device)!r} here: try cpu (--device cpu), or install a torch that has it."
-        ) from None
-
-
-def places(device: str | torch.device | Mapping[str, str | torch.device]) -> dict[str, torch.device]:
-    """The device of each part."""
-    if not isinstance(device, Mapping):
-        return dict.fromkeys(names.PARTS, torch.device(device))
-    if "unet" not in device or not device.keys() <= set(names.PARTS):
-        raise LoadError(f'device is a name, or like {{"unet": "cuda:0", "vae": "cuda:1"}}, not {device}.')
-    return {part: torch.device(device.get(part, device["unet"])) for part in names.PARTS}
 
 
 def build(

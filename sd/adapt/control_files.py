@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loader import check_device, check_dtype
+from ..loader import check_dtype
 from ..model import StableDiffusion
 from ..unet import UNetConfig
 from ..weights import names
@@ -21,6 +21,7 @@ from ..weights.configs import LIST, WIDTH, LoadError, config_of
 from ..weights.controlnets import METADATA, PREFIX, FoundControlNet, find_controlnet
 from ..weights.mapped import WeightFiles
 from ..weights.source import check_fit, shapes_of
+from ..weights.told import check_device
 from ..weights.unread import leave_in_file, tensors_of
 from .controlnet import ControlNet, ControlNetConfig
 

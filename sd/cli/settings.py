@@ -284,8 +284,8 @@ def load_model(drawing: Drawing) -> StableDiffusion:
     from ..adapt.adapters import lora
     from ..adapt.other_vae import load_with_vae
     from ..adapt.own_words import textual_inversion, with_words_of_lora
-    from ..loader import check_device
     from ..speed.malloc import keep, large_pages
+    from ..weights.told import check_device
 
     if drawing.simple_on_cpu:  # the textbook, too, is faster for it
         large_pages()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..adapt.other_vae import load_with_vae, with_vae
 from ..adapt.taesd import TinyVAE
-from ..loader import build, check_device, check_dtype
+from ..loader import build, check_dtype
 from ..model import StableDiffusion
 from ..scheduler import make_scheduler
 from ..vae import VAE
@@ -32,7 +32,7 @@ from ..weights.configs import LoadError
 from ..weights.names import PARTS
 from ..weights.source import Source, find, refuse_other_kinds
 from ..weights.tokenizer import tokenizer_texts
-from ..weights.told import apply_config
+from ..weights.told import apply_config, check_device
 from ..weights.unread import read_weights
 from . import reference
 from .drawings import compare_drawings

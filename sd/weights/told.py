@@ -1,4 +1,4 @@
-"""What a person says of a source that its files do not tell: `config` of `sd.load`."""
+"""What a person says of a source that its files do not tell: `config` and `device` of `sd.load`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from ..files import read_json
 from . import names
@@ -62,3 +64,22 @@ def apply_config(found: Source, config: Mapping[str, Any] | str | os.PathLike[st
     except (ValueError, TypeError) as error:
         raise LoadError(f"config: the defaults cannot be used ({error}): give fields of sd.Defaults.") from None
     return sizes
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise LoadError unless this torch can compute there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # as torch says it, by kind of device
+        raise LoadError(
+            f"There is no device {str(device)!r} here: try cpu (--device cpu), or install a torch that has it."
+        ) from None
+
+
+def places(device: str | torch.device | Mapping[str, str | torch.device]) -> dict[str, torch.device]:
+    """The device of each part."""
+    if not isinstance(device, Mapping):
+        return dict.fromkeys(names.PARTS, torch.device(device))
+    if "unet" not in device or not device.keys() <= set(names.PARTS):
+        raise LoadError(f'device is a name, or like {{"unet": "cuda:0", "vae": "cuda:1"}}, not {device}.')
+    return {part: torch.device(device.get(part, device["unet"])) for part in names.PARTS}
