@@ -11,7 +11,7 @@ import torch
 import sd
 from sd import study
 from sd.adapt.taesd import TinyVAE
-from sd.compare.reference import random_model_of
+from sd.compare.reference import random_controlnet, random_model_of
 from sd.weights.checkpoint import read, write_safetensors
 from tests.layouts import make_model, random_tensors
 from tests.loras import attention_of, lora_tensors, write_lora
@@ -128,6 +128,19 @@ def taesd(way, model):
     other_vae(way, model, random_tensors(shapes, 3, torch.float32))
 
 
+def control_nets(way, model):
+    x = torch.linspace(0, 1, 64)
+    pictures = [x.expand(1, 3, 64, 64), (1 - x).square().expand(1, 3, 64, 64)]
+    nets = [random_controlnet(model, seed) for seed in (3, 4)]
+    call = CALL | {"control_image": pictures, "num_inference_steps": 3, "control_guidance_end": [0.7, 1.0]}
+    for guess in (False, True):
+        wanted = sd.SimpleSampler(model)(["a star", "a ring"], controlnet=nets, guess_mode=guess, **call)
+        own = [sd.fast(net) for net in nets] if way == "fast" else nets
+        latents = sampler_of(way, model)(["a star", "a ring"], controlnet=own, guess_mode=guess, **call)
+        torch.testing.assert_close(latents, wanted, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(latents, sampler_of(way, model)(["a star", "a ring"], **CALL), atol=1e-2)
+
+
 def in_float8(way, model):
     with tempfile.TemporaryDirectory() as folder:
         sd.save(model, Path(folder) / "a.safetensors")
@@ -200,6 +213,7 @@ FEATURES = {
     "`sd.textual_inversion`": own_words,
     "`sd.with_vae`": other_vae,
     "TAESD as the VAE": taesd,
+    "ControlNets, several, with guess mode": control_nets,
     "weights in float8": in_float8,
     "Stable Diffusion 2, with v": relative("small-sd2"),
     "LCM's UNets, which are told their guidance": relative("small-lcm"),

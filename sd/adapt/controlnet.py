@@ -100,17 +100,21 @@ def controlnet_for(unet: UNet, hint_widths: Sequence[int] = ControlNetConfig.hin
 
     It is where training begins. On the UNet's device and in its dtype; the UNet stays as it is.
     """
-    c = unet.config
+    c, (device, dtype) = config_for(unet.config, hint_widths), computes_in(unet)
+    with torch.device("meta"):
+        net = ControlNet(c)
+    theirs, tensors = unet.state_dict(), {}
+    drawn = {f"input_hint_block.{name}": tensor for name, tensor in hint_block(c)[:-1].state_dict().items()}
+    for name, empty in net.state_dict().items():
+        given = theirs.get(name, drawn.get(name, torch.zeros(1).expand(empty.shape)))
+        given = given[:, : empty.shape[1]] if empty.ndim > 1 else given  # of 9 channels, the latents'
+        tensors[name] = torch.empty(empty.shape, device=device, dtype=dtype).copy_(given)
+    net.load_state_dict(tensors, assign=True)
+    return net
+
+
+def config_for(c: UNetConfig, hint_widths: Sequence[int] = ControlNetConfig.hint_widths) -> ControlNetConfig:
+    """Of a ControlNet for a UNet of these sizes."""
     sizes = {name: getattr(c, name) for name in UNetConfig.__dataclass_fields__}
     sizes |= {"in_channels": c.out_channels, "guidance_dim": None}  # LCM's alone are told their guidance
-    p = next(unet.parameters())
-    net = ControlNet(ControlNetConfig(**sizes, hint_widths=tuple(hint_widths))).to(p.device, p.dtype)
-    own, theirs = net.state_dict(), unet.state_dict()
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if name in theirs:
-                tensor.copy_(theirs[name][:, : tensor.shape[1]] if tensor.ndim > 1 else theirs[name])
-        for end in (net.input_hint_block[-1], net.zero_convs, net.middle_block_out):
-            for weight in end.parameters():
-                weight.zero_()
-    return net
+    return ControlNetConfig(**sizes, hint_widths=tuple(hint_widths))

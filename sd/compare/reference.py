@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt.controlnet import ControlNet, controlnet_for
+from ..adapt.controlnet import ControlNet, config_for
 from ..adapt.taesd import TinyVAE
 from ..attention import SpatialTransformer
 from ..model import StableDiffusion
@@ -105,9 +105,11 @@ def random_controlnet(
     model: StableDiffusion, seed: int = 3, hint_widths: tuple[int, ...] | None = None
 ) -> ControlNet:
     """A ControlNet for a model, with random weights everywhere: also where training begins with zeros."""
-    net = controlnet_for(model.unet, hint_widths or (16, 32, 96, 256))
+    with torch.device("meta"):
+        net = ControlNet(config_for(model.unet.config, hint_widths or (16, 32, 96, 256)))
     shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
-    net.load_state_dict(random_tensors(shapes, seed, model.dtype))
+    net.load_state_dict(random_tensors(shapes, seed, model.dtype), assign=True)
+    net.to(model.device)
     net.name = "random weights"
     return net.eval()
 
@@ -419,12 +421,12 @@ def without_notices() -> Iterator[None]:
 # ---- which part of diffusers' models does the work of which block of ours
 
 
-def unet_counterparts(unet: UNet, theirs: Any) -> dict[str, Callable[..., Tensor]]:
+def unet_counterparts(unet: UNet | ControlNet, theirs: Any) -> dict[str, Callable[..., Tensor]]:
     """Name of each of our UNet's input, middle and output blocks -> a function of its arguments."""
     table = names.unet_modules(unet.config)
     blocks: dict[str, Any] = {f"input_blocks.{i}": block for i, block in enumerate(unet.input_blocks)}
     blocks["middle_block"] = unet.middle_block
-    blocks |= {f"output_blocks.{i}": block for i, block in enumerate(unet.output_blocks)}
+    blocks |= {f"output_blocks.{i}": block for i, block in enumerate(getattr(unet, "output_blocks", ()))}
     return {name: _in_sequence(name, block, table, theirs) for name, block in blocks.items()}
 
 
