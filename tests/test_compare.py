@@ -72,6 +72,10 @@ def test_small_model_is_diffusers(double):
     wanted = ["text", "unet.time_embed"]
     wanted += [f"unet.input_blocks.{i}" for i in range(6)] + ["unet.middle_block"]
     wanted += [f"unet.output_blocks.{i}" for i in range(6)] + ["unet.out", "unet (whole)"]
+    wanted += ["controlnet.input_hint_block", "controlnet.time_embed"]
+    wanted += [f"controlnet.{name}.{i}" for i in range(6) for name in ("input_blocks", "zero_convs")]
+    wanted += ["controlnet.middle_block", "controlnet.middle_block_out", "controlnet (whole)"]
+    wanted += ["unet (with a ControlNet)", "drawing (with a ControlNet)"]
     wanted += ["vae.encoder.conv_in", *(f"vae.encoder.down.{i}" for i in range(4)), "vae.encoder.mid"]
     wanted += ["vae.encoder.norm_out", "vae.encoder.conv_out", "vae.quant_conv", "vae.encoder (whole)"]
     wanted += ["vae.post_quant_conv", "vae.decoder.conv_in", "vae.decoder.mid"]
@@ -399,6 +403,8 @@ def test_command_on_two_sources(two, capsys, tmp_path):
         (["--random", "small", "--hub-variant", "fp16"], "--hub-variant is about a source, and --random has none"),
         (["shapes", "shapes", "--json", "nowhere/r.json"], "there is no folder nowhere; make it first"),
         (["shapes", "shapes", "--json", "."], "it is a folder; name a file"),
+        (["shapes", "shapes", "--controlnet", "c.pth"], "--controlnet only works in a comparison with diffusers"),
+        (["--random", "small", "--controlnet", "c.pth"], "There is no file or folder c.pth: give a ControlNet's"),
         (["shapes", "shapes", "--ema"], "--ema only works in a comparison with diffusers"),
     ],
 )
@@ -425,7 +431,7 @@ def test_full_size():
     """Every block at full size and small pictures: identical but for LMS, which diffusers integrates numerically."""
     model = reference.random_model_of("full", torch.float32)
     report = compare_with_diffusers(model, size=128, repeats=0)
-    assert len(report.rows) == 49 + len(reference.COMPARED) + 3
+    assert len(report.rows) == 49 + 31 + len(reference.COMPARED) + 3
     assert {row.name for row in report.rows if row.difference} <= {"lms"}
     assert report.first_over is None
 
@@ -442,6 +448,25 @@ def test_whole_drawings(channels):
     names = ["drawing (from text)", "drawing (from a picture)", "drawing (with a mask)"]
     assert [row.name for row in rows] == (names if channels == 4 else names[2:])
     assert not any(row.over for row in rows)
+
+
+@needs_diffusers
+def test_a_control_net_that_differs_is_over_in_the_block_that_does(double, tmp_path, monkeypatch):
+    net = reference.random_controlnet(double, seed=5)
+    sd.save_controlnet(net, tmp_path / "net.safetensors")
+    call = {"what": ["controlnet"], "repeats": 0, "controlnet": tmp_path / "net.safetensors"}
+    assert compare_with_diffusers(double, **call).first_over is None
+
+    def other(net):
+        theirs = diffusers_controlnet(net)
+        theirs.controlnet_down_blocks[2].weight = torch.nn.Parameter(1.001 * net.zero_convs[2][0].weight)
+        return theirs
+
+    diffusers_controlnet = reference.diffusers_controlnet
+    monkeypatch.setattr(reference, "diffusers_controlnet", other)
+    over = [row.name for row in compare_with_diffusers(double, **call).rows if row.over]
+    whole = ["controlnet (whole)", "unet (with a ControlNet)", "drawing (with a ControlNet)"]
+    assert over == ["controlnet.zero_convs.2", *whole]
 
 
 def test_a_drawing_that_differs_is_over_its_bound(double, monkeypatch):

@@ -10,8 +10,8 @@ from .options import CommandError, Parser, add_source_options, dtype_option, lor
 
 SUMMARY = "compare a model with diffusers, or two sources with each other"
 OF_SOURCES = ("tokenizer", "config", "ema", "revision", "hub_variant")
-AGAINST_DIFFUSERS = ("only", "repeats", "ema", "vae")
-ONLY_ALIKE = ("only", "repeats", "bound")  # of comparisons of what should be alike
+AGAINST_DIFFUSERS = ("only", "repeats", "ema", "vae", "controlnet")
+ONLY_ALIKE = ("only", "repeats", "bound", "controlnet")  # of comparisons of what should be alike
 
 
 def parser() -> Parser:
@@ -32,14 +32,16 @@ def parser() -> Parser:
     add("--dtype", **dtype_option("The kind of numbers to compute with. Default: float64; float32 for two sources."))
     add("--device", help="Where to compute: cpu or cuda. Default: cpu.")
     add("--size", type=whole(), metavar="PIXELS", help="The edge of the picture. Default: the model's own size.")
-    add("--only", nargs="+", metavar="PART", help="Compare only these of text, unet, vae, schedulers and drawings. "
-        "Two sources are always compared whole.")  # fmt: skip
+    add("--only", nargs="+", metavar="PART", help="Compare only these of text, unet, controlnet, vae, schedulers "
+        "and drawings. Two sources are always compared whole.")  # fmt: skip
     add("--bound", type=number, metavar="X", help="The largest difference that passes. Default: 1e-10 in float64, "
         "1e-5 in float32; 0 for two sources.")  # fmt: skip
     add("--repeats", type=whole(0), metavar="N", help="How often each block is timed; 0 measures no time. Default: "
         "1. Two sources are not timed.")  # fmt: skip
     add("--lora", action="append", type=lora_file, metavar="FILE[:SCALE]", help="Compare the source with itself and "
         "this LoRA: which blocks it changes, and by how much. May be given several times.")  # fmt: skip
+    add("--controlnet", metavar="FILE", help="The ControlNet that is compared with diffusers'. Default: one "
+        "of random weights.")  # fmt: skip
     add("--json", metavar="FILE", help="Write the figures to this file too.")
     add("--force", action="store_true", help="Write over an existing file.")
     add_source_options(result)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,13 +36,14 @@ from ..weights.tokenizer import tokenizer_texts
 from ..weights.told import apply_config, check_device
 from ..weights.unread import read_weights
 from . import reference
+from .controlled import compare_controlnet
 from .drawings import compare_drawings
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
 from .reference import CompareError
 from .report import Change, Report
 
 PROMPT = "a red star above a blue ring on a white background"
-WHAT = ("text", "unet", "vae", "schedulers", "drawings")
+WHAT = ("text", "unet", "controlnet", "vae", "schedulers", "drawings")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 # The least bounds, if none is given. diffusers integrates LMS numerically, where ours is exact; and it computes the
 # steps of Euler and of DPM++ 2M in float32 whatever the latents are.
@@ -110,15 +112,17 @@ def compare_with_diffusers(
     bound: float | None = None,
     repeats: int = 1,
     prompt: str = PROMPT,
+    controlnet: str | os.PathLike[str] | None = None,
 ) -> Report:
     """A row for the text encoder, each block of the UNet and the VAE, each whole, each scheduler, and whole drawings.
 
     model    in the dtype and on the device to compare in; float64 shows the smallest faults
     size     of the picture, in pixels along an edge; the model's own if not given
-    what     which of "text", "unet", "vae", "schedulers", "drawings"
+    what     which of "text", "unet", "controlnet", "vae", "schedulers", "drawings"
     bound    largest difference that passes; if not given, 1e-10 in float64 (more for the solvers in `LEAST`), 1e-5 in
              float32, 1e-2 in half precision
     repeats  how often each block is timed
+    controlnet   file of the ControlNet that is compared; one with random weights if not given
 
     diffusers' models get the very same weights, in the same memory. Raises CompareError, a ValueError, for
     arguments that do not fit and where diffusers is not installed.
@@ -145,6 +149,9 @@ def compare_with_diffusers(
         report.rows.append(compare_text(model, texts, bound, repeats))
     if "unet" in what:
         report.rows += compare_unet(model, inputs, model.encode_prompt(texts), bound, repeats)
+    if "controlnet" in what:
+        given = inputs.latents, inputs.timesteps, inputs.image
+        report.rows += compare_controlnet(model, given, model.encode_prompt(texts), bound, repeats, controlnet)
     if "vae" in what:
         report.rows += compare_vae(model, inputs, bound, repeats)
     if "schedulers" in what:
@@ -418,6 +425,7 @@ def compare_command(
     ema: bool = False,
     loras: Sequence[Any] = (),
     vae: str | None = None,
+    controlnet: str | None = None,
     **files: Any,
 ) -> Report:
     """What `artist compare` does: two sources, or one source or `random` weights ("full", "small") with diffusers.
@@ -425,6 +433,7 @@ def compare_command(
     loras    files and scales: the source without and with these is compared
     dtype    the name of one; float64 if not given, but float32 for two sources
     vae      another VAE or TAESD in place of the model's own, as for `sd.with_vae`; not for two sources
+    controlnet   a file of a ControlNet, to be compared with diffusers'; one with random weights if not given
     files    tokenizer, config, revision and variant, as of `sd.load`
     """
     check_device(device)
@@ -442,4 +451,4 @@ def compare_command(
         from .adapted import compare_lora  # which takes its inputs from here
 
         return compare_lora(model, loras, size=size)
-    return compare_with_diffusers(model, size=size, what=only, bound=bound, repeats=repeats)
+    return compare_with_diffusers(model, size=size, what=only, bound=bound, repeats=repeats, controlnet=controlnet)

@@ -51,21 +51,30 @@ def compare_drawings(model: StableDiffusion, side: int, texts: list[str], bound:
 
 
 def compare_drawing(
-    name: str, model: StableDiffusion, kind: str, options: dict[str, Any], context: Tensor, side: int, bound: float
+    name: str,
+    model: StableDiffusion,
+    kind: str,
+    options: dict[str, Any],
+    context: Tensor,
+    side: int,
+    bound: float,
+    theirs: tuple[dict[str, Any], dict[str, Any]] | None = None,
 ) -> Row:
+    """theirs: what diffusers' pipeline has beside a model's parts, and the options that are others in its call."""
+    parts, other = theirs or ({}, options)
     call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
-    call |= {**options, "negative_prompt_embeds": context[:1], "prompt_embeds": context[1:]}
+    call |= {"negative_prompt_embeds": context[:1], "prompt_embeds": context[1:]}
     if kind != FROM["image"]:  # that pipeline takes the picture's size
         call |= {"height": side, "width": side}
     scheduler = reference.diffusers_scheduler(model.defaults.make_scheduler(SOLVER, STEPS))
-    pipe = reference.diffusers_pipeline(model, kind, scheduler, text=False)
+    pipe = reference.diffusers_pipeline(model, kind, scheduler, text=False, **parts)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     begin = time.perf_counter()
-    ours = SimpleSampler(model)(scheduler=SOLVER, seed=SEED, **call)
+    ours = SimpleSampler(model)(scheduler=SOLVER, seed=SEED, **call, **options)
     middle = time.perf_counter()
     with reference.without_notices():
         began = time.perf_counter()
-        theirs = pipe(generator=generator, **call).images
+        expected = pipe(generator=generator, **call, **other).images
     seconds = middle - begin, time.perf_counter() - began
-    return Row(name, relative(ours, theirs), bound, seconds, None, f"{SOLVER}, {STEPS} steps, with guidance")
+    return Row(name, relative(ours, expected), bound, seconds, None, f"{SOLVER}, {STEPS} steps, with guidance")
