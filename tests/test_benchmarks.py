@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import sd
-from benchmarks import harness, peers, speed
+from benchmarks import controlnet, harness, peers, speed
 from sd import cli
 from tests.layouts import make_model, write_hub
 
@@ -135,6 +135,23 @@ def test_peers_compute_the_same(how, task, tmp_path):
     assert exact.dtype == np.float64
     for got in results.values():
         assert 0 < np.abs(got - exact).max() / np.abs(exact).max() < 1e-5
+
+
+def test_a_step_with_a_control_net_is_the_same_in_all(tmp_path):
+    pytest.importorskip("diffusers")
+    controlnet.write_files(tmp_path, small=True)
+    how = {"folder": str(tmp_path), "threads": 1, "size": 64, "calls": 2, "context_dim": 64}
+    results = {}
+    for peer in controlnet.PEERS:
+        times = controlnet.one(peer, how | {"out": str(tmp_path / "out.npy")})["times"]
+        assert {kind: len(samples) for kind, samples in times.items()} == {"without": 2, "with": 2}
+        results[peer] = [{"times": {"without": [1.0], "with": [2.0 if peer == "diffusers" else 1.0]}}]
+        results[peer][0]["out"] = np.load(tmp_path / "out.npy")
+    expected = results["diffusers"][0]["out"]
+    for runs in results.values():
+        assert np.abs(runs[0].pop("out") - expected).max() < 1e-5 * np.abs(expected).max()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in controlnet.table(results).splitlines()]
+    assert rows[2] == ["textbook", "1.00", "1.00", "1.00 x", "2.00 x", ""]
 
 
 def test_the_picture_stops_after_the_first_call_if_told(how, tmp_path, monkeypatch):
