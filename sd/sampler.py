@@ -339,8 +339,8 @@ class SimpleSampler:
             raise ValueError("mask_image says what of a picture is drawn anew: give image as well.")
         f, channels = self.model.vae.config.downsampling, self.model.vae.config.z_channels
         followed = control_size(control, f) if image is None and latents is None and not (height and width) else None
-        own = size_of(image, f) if image is not None and latents is None else (usual.width, usual.height)
-        own = followed or (own[0] or self.model.size, own[1] or self.model.size)
+        own = followed or (usual.width, usual.height) if image is None or latents is not None else size_of(image, f)
+        own = own[0] or self.model.size, own[1] or self.model.size
         height, width = checked_size(height, width, latents, own, f, channels)
 
         given = prompt if prompt_embeds is None else prompt_embeds

@@ -159,6 +159,8 @@ def test_nothing_is_learned_yet(tiny):
     call = CALL | {"output_type": "latent", "height": 64, "width": 64}
     drawn = sd.SimpleSampler(tiny)(PROMPT, controlnet=net, control_image=EDGES, **call)
     assert torch.equal(drawn, sd.SimpleSampler(tiny)(PROMPT, **call))
+    unread = sd.load("shapes", dtype=torch.float64)  # of a file in float16: what it computes in is what counts
+    assert controlnet_for(unread.unet, (2, 2)).place == (torch.device("cpu"), torch.float64)
 
 
 # ---- every way to draw
@@ -532,6 +534,7 @@ def test_pictures_of_other_sizes_are_cut_like_the_picture_that_is_drawn_from(tin
     assert torch.equal(cut, sampler(PROMPT, control_image=same, **call))
     assert sampler(PROMPT, control_image=wide, **call).shape[-2:] == (10, 20)  # its own size
     assert sampler(PROMPT, control_image=wide, image=POSE, **call).shape[-2:] == (8, 8)  # that of `image`
+    assert sampler(PROMPT, control_image=noise_picture(64, 5), **call).shape[-2:] == (8, 8)  # too small to say one
     masked = torch.rand(1, 3, 64, 64)
     masked[..., :32] = -1  # as ControlNets for inpainting are told
     assert not torch.equal(cut, sampler(PROMPT, control_image=masked, **call))
@@ -649,6 +652,11 @@ def test_the_command_draws_and_draws_again(folder, capsys):
             "1 ControlNet and 0 control images: give --control-image once for each",
         ),
         (["--controlnet", "net3.safetensors", "--control-image", "net3.safetensors"], "--control-image net3.safet"),
+        (
+            ["--controlnet", "net3.safetensors", "--control-image", "net3.safetensors", "--canny"],
+            "--control-image net3.safet",
+        ),
+        (["--lora", "net3.safetensors"], "holds ControlNet weights, and no LoRA: give it with"),
         (["--controlnet", "no.pth", "--control-image", "edges.png"], "There is no file or folder no.pth"),
         (["--model", "net3.safetensors"], "ControlNet weights: give it beside a model, with sd.load_controlnet"),
     ],

@@ -454,6 +454,7 @@ OTHERS = {
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.hada_w1_b": (3, 768)},
     "is for SD 3 or Flux": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (3, 8)},
     "is for SD 3": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (3, 8)},
+    "holds ControlNet weights, and no LoRA: give it with": {"control_model.input_hint_block.0.weight": (3, 3)},
     "is for ControlNet": {"lora_controlnet": (1,), "input_hint_block.0.weight": (3, 3)},
     "is no LoRA for this model: of 1 tensors none has a known name": {"something.weight": (3, 3)},
     "holds BOFT": {"lora_unet_conv_in.boft_R": (3, 3)},

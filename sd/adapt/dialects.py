@@ -138,7 +138,7 @@ WIDTHS = {768: "Stable Diffusion v1", 1024: "SD 2", 2048: "SDXL"}  # of the text
 MARKS = {  # names that only another model's files have
     "SDXL": r"lora_te2_|text_encoder_2\.|.*(label_emb|add_embedding)",
     "SD 3 or Flux": r".*(joint|double|single)(_transformer)?_blocks|lora_te3_|(lora_)?transformer[._]",
-    "ControlNet": r"lora_controlnet|.*input_hint_block",
+    "ControlNet": r"lora_controlnet|.*input_hint_block|controlnet_cond_embedding",
 }
 SAID = {  # in ss_base_model_version, as kohya writes it, or in modelspec.architecture
     "SDXL": r"xl",
@@ -177,6 +177,10 @@ def refuse_other_models(name: str, tensors: Mapping[str, Tensor], metadata: Mapp
     """Raise LoadError for a file of another model than this one, whose text is `width` wide."""
     family, wide = family_of(tensors, metadata), width_of(tensors)
     ours = WIDTHS.get(width, "Stable Diffusion v1")
+    if family == "ControlNet" and "lora_controlnet" not in tensors:
+        raise LoadError(
+            f"{name} holds ControlNet weights, and no LoRA: give it with sd.load_controlnet (--controlnet)."
+        )
     if wide not in (None, width):
         what = f"{family or 'another model'} (its text is {wide} wide)"
     elif family in MARKS or (family not in (None, ours) and wide is None):

@@ -107,8 +107,9 @@ def pictures(drawing: Drawing) -> dict[str, Any]:
     from ..pictures.canny import canny_edges
 
     images = [
-        canny_edges(net.image) if net.canny else read_picture(net.image, "control_image")
+        canny_edges(picture) if net.canny else picture
         for net in drawing.controlnet
+        for picture in [read_picture(net.image, "control_image")]
     ]
     if drawing.image is None:
         warn_of_size(drawing, drawing.controlnet[0].image, images[0])
