@@ -198,7 +198,7 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     """docs/tour.md as it stands, and what it says of its figures."""
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[1] / "docs" / "tour.md").read_text(encoding="utf-8")
-    assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 12
+    assert len(re.findall(r"^## \d+\. ", text, re.MULTILINE)) == 13
     try:
         exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
     finally:
@@ -213,7 +213,9 @@ def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     assert "above the mask nothing changed: True" in out
     x, y = map(int, re.search(r"at \((\d+), (\d+)\)", out).groups())
     assert max(abs(x - 64), abs(y - 64)) < 25
-    assert Image.open("tour.png").size == (792, 528)
+    assert Image.open("tour.png").size == (792, 660)
+    x, y = map(int, re.search(r"drawn around \((\d+), (\d+)\)", out).groups())
+    assert max(abs(x - 44), abs(y - 80)) < 4
     assert "at a scale of 0 nothing has changed: True" in out
 
 

@@ -137,13 +137,13 @@ def draw(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, co
         draw.polygon(outline(shape, x, y, r), fill=colour)
 
 
-def paint(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as a 128 x 128 picture, sizes and places drawn within their ranges."""
+def paint(scene: Scene, rng: random.Random, spread: float = 1.0) -> Image.Image:
+    """The scene as a 128 x 128 picture, sizes and places drawn within their ranges; places vary `spread` as much."""
     n = 4 * SIZE  # painted four times as large and averaged, for smooth edges
     background = COLOURS[scene.background]
     image = Image.new("RGB", (n, n), background)
     canvas = ImageDraw.Draw(image)
-    jitter = 0.05 if len(scene.objects) == 1 else 0.025
+    jitter = spread * (0.05 if len(scene.objects) == 1 else 0.025)
     for o in scene.objects:
         x, y = (n * (c + rng.uniform(-jitter, jitter)) for c in CENTRES[o.place])
         draw(canvas, o.shape, x, y, n * rng.uniform(*RADII[o.size]), COLOURS[o.colour], background)
