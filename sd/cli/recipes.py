@@ -32,8 +32,8 @@ RECIPES = {
     ),
     "lcm": Recipe(
         {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0},
-        "4 steps of LCM without guidance. It needs a model that was made for it, or one with an LCM LoRA (--lora); "
-        "what others draw with it is blurred.",
+        "4 steps of LCM without guidance. It needs a model with an LCM LoRA (--lora), or LCM's full UNet, for which "
+        "--guidance 8 is usual; what others draw with it is blurred.",
     ),
     "turbo": Recipe(
         {
