@@ -21,7 +21,7 @@ from typing import IO, Any
 
 SMALL = 16 << 20  # bytes; the largest file that is read whole, a tokenizer.json of CLIP, has below 4 MB
 DEPTH = 32  # of brackets in each other; configs have 3
-_DIGESTS: dict[tuple[int, ...], str] = {}  # device, inode, size, time of the last change -> SHA-256
+_DIGESTS: dict[tuple[int, ...], str] = {}  # device, inode, size, times of the last change -> SHA-256
 _DIGESTING = threading.Lock()
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters by Unicode's book, which show nothing
 
@@ -239,16 +239,21 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
     Remembered while the process lives and the file stays as it is: a thread may ask for it before it is needed.
     """
-    with _DIGESTING:  # one at a time: whoever comes second finds it done
-        found = os.stat(path)
-        key = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        if key not in _DIGESTS:
+    with _DIGESTING, open(path, "rb") as file:  # one at a time: whoever comes second finds it done
+        before = _as_it_is(file)
+        if before not in _DIGESTS:
             digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-            _DIGESTS[key] = digest.hexdigest()
-        return _DIGESTS[key]
+            while block := file.read(1 << 24):
+                digest.update(block)
+            if _as_it_is(file) != before:  # written while it was read
+                return digest.hexdigest()
+            _DIGESTS[before] = digest.hexdigest()
+        return _DIGESTS[before]
+
+
+def _as_it_is(file: IO[bytes]) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def parse_json(data: str | bytes, depth: int = DEPTH) -> Any:

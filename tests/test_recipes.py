@@ -45,6 +45,8 @@ def test_what_is_given_overrides_a_recipe(tmp_path, monkeypatch, capsys):
     assert main(["--again", "a.png", "--recipe", "quick", "--steps", "2", "--quiet", "-o", "b.png"]) == 0
     found = read_settings("b.png")
     assert (found["scheduler"], found["solver_options"].get("timestep_spacing")) == ("dpmpp_2m", None)
+    drawn = {"scheduler": "ddim", "eta": 0.5, "seed": 3}
+    assert "eta" not in with_recipe(drawn, {"recipe": "quick"})  # the recipe's solver has none
     other = with_recipe({}, {"recipe": "turbo", "scheduler": "ddim"})
     assert other == {"recipe": "turbo", "scheduler": "ddim", "num_inference_steps": 1, "guidance_scale": 0.0}
 

@@ -30,8 +30,9 @@ from sd.time_embedding import guidance_embedding
 from sd.weights import names
 from sd.weights.configs import config_of, infer_unet, unet_from_hub
 from sd.weights.contents import format_info, info
-from sd.weights.defaults import Defaults, as_turbo
+from sd.weights.defaults import Defaults, as_turbo, is_turbo
 from sd.weights.predictions import STATISTIC
+from sd.weights.source import called
 from tests.layouts import (
     TEXT,
     UNET,
@@ -457,3 +458,53 @@ def test_a_relative_is_described_and_traced(kind):
     assert describe(model).whole("UNet").parameters == sum(p.numel() for p in model.unet.parameters())
     sampler, call = sd.SimpleSampler(model), {"num_inference_steps": 2, "guidance_scale": 3.0}
     assert torch.equal(trace(sampler, PROMPT, **call).latents, sampler(PROMPT, output_type="latent", **call))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_folder_that_says_nothing_is_judged_by_its_weights(tmp_path):
+    """As a single file is; v1 predicts the noise where nothing is said."""
+    for spread in (0.03, 0.2, 0.09):
+        model = sd2(unet=FILE_UNET)
+        bias = model.unet.get_parameter(STATISTIC)
+        bias.data = torch.tensor([spread, -spread]).repeat(len(bias) // 2)
+        folder = write_hub(tmp_path / str(spread), model)
+        (folder / "scheduler/scheduler_config.json").unlink()
+        if spread == 0.09:
+            with pytest.raises(sd.LoadError, match="prediction_type"):
+                sd.load(folder)
+        else:
+            with pytest.warns(UserWarning, match="a statistic of its weights"):
+                kind = sd.load(folder).defaults.prediction_type
+            assert kind == ("v_prediction" if spread > 0.09 else "epsilon")
+    model = sd.load(folder, config={"defaults": {"prediction_type": "v_prediction"}})
+    assert model.defaults.prediction_type == "v_prediction"
+    model = sd.load(folder, config={"defaults": {"schedule": {"prediction_type": "v_prediction"}}})
+    assert model.defaults.prediction_type == "v_prediction"
+
+
+def test_a_folder_without_a_tokenizer_fills_texts_up_all_the_same(of_file, tmp_path):
+    folder = write_hub(tmp_path / "sd2", of_file)
+    words = (folder / "tokenizer").rename(tmp_path / "words")
+    (words / "tokenizer_config.json").unlink(missing_ok=True)
+    (words / "special_tokens_map.json").unlink(missing_ok=True)
+    assert sd.load(folder, tokenizer=words).text.model.config.padding == 0
+
+
+def test_a_padding_beyond_the_vocabulary(of_file, tmp_path):
+    with pytest.raises(sd.LoadError, match="padding is token 120000"):
+        sd.load(write_file(tmp_path, of_file), config={"text": {"padding": 120_000}})
+
+
+def test_a_joined_tensor_without_a_shape(of_file, tmp_path):
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_bias"
+    with pytest.raises(sd.LoadError):
+        sd.load(write_file(tmp_path, of_file, **{name: torch.tensor(1.0)}))
+
+
+NAMES = {"sd-turbo": True, "sdturbo": True, "SD_Turbo_fp16.safetensors": True, "turbo2x-v2-1": False, "turbot": False}
+
+
+@pytest.mark.parametrize(("name", "turbo"), NAMES.items())
+def test_what_is_called_turbo(name, turbo):
+    assert is_turbo(name) == turbo
+    assert is_turbo(called(f"/x/models--stabilityai--{name}/snapshots/0123")) == turbo

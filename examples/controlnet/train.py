@@ -1,4 +1,4 @@
-"""Train a ControlNet for the built-in model that follows edges: minutes on two CPU cores.
+"""Train a ControlNet for the built-in model that follows edges: half an hour on one CPU core.
 
     python examples/controlnet/train.py                         # files in ~/runs/controlnet; run again to go on
     python examples/controlnet/train.py --file edges.safetensors # where the ControlNet is written in the end
@@ -35,7 +35,8 @@ from unet_stage import overshoot, plain_attention
 import sd
 from sd.adapt.controlnet import ControlNet, controlnet_for
 from sd.attention import use_attention
-from sd.files import reason_of
+from sd.cli.options import whole
+from sd.files import check_output, reason_of
 from sd.image import from_pil
 from sd.scheduler import NoiseSchedule
 
@@ -144,7 +145,8 @@ def train(args: argparse.Namespace) -> None:
         raise TrainingError(
             f"The folder {folder} cannot be made ({reason_of(error)}): give another as --out."
         ) from error
-    file = file or folder / "edges.safetensors"
+    file = file.expanduser() if file else folder / "edges.safetensors"
+    check_output(file, force=True)  # before any work is done
     if file.suffix != ".safetensors":
         raise TrainingError(f"The file {file} must end in .safetensors: give another as --file.")
     run = Run(folder)
@@ -171,9 +173,9 @@ def main() -> int:
     add("--out", type=Path, default=Path("~/runs/controlnet"), help="checkpoints and log.csv")
     add("--file", type=Path, help="the ControlNet, in float16; edges.safetensors in --out if not given")
     add("--begin", type=Path, help="go on from this ControlNet, in another folder as --out")
-    add("--scenes", type=int, default=8000)
-    add("--steps", type=int, default=6000)
-    add("--batch", type=int, default=8)
+    add("--scenes", type=whole(1), default=8000)
+    add("--steps", type=whole(1), default=6000)
+    add("--batch", type=whole(1), default=8)
     add("--lr", type=float, default=6e-4)
     add("--threads", type=int, help="torch's choice if not given")
     args = parser.parse_args()
@@ -181,7 +183,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     try:
         train(args)
-    except TrainingError as error:
+    except (TrainingError, ValueError, OSError) as error:  # of the files that are given, too
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

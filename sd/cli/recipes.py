@@ -60,5 +60,5 @@ def with_recipe(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     if "scheduler" in given:  # the options of another solver mean nothing to it
         recipe = {name: value for name, value in recipe.items() if name != "solver_options"}
     elif "scheduler" in recipe:
-        settings = {name: value for name, value in settings.items() if name != "solver_options"}
+        settings = {name: value for name, value in settings.items() if name not in ("solver_options", "eta")}
     return {**settings, **recipe, **given}

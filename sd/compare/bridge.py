@@ -24,7 +24,7 @@ from ..weights import names
 from ..weights.configs import LoadError, text_from_hub, unet_from_hub, vae_from_hub
 from ..weights.defaults import Defaults, as_turbo, check_schedule, defaults_of, is_turbo
 from ..weights.mapped import WeightFiles
-from ..weights.source import Source, only_v1, refuse_other_kinds, rename
+from ..weights.source import Source, called, only_v1, refuse_other_kinds, rename
 from ..weights.tokenizer import read_tokenizer
 from . import reference
 from .reference import CompareError
@@ -118,7 +118,7 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
         found.parts[part] = rename(part, plain_tensors(name, part, module), configs)
     refuse_other_kinds(found)
     texts = texts_of(name, pipe.tokenizer)
-    if (padding := json.loads(texts["vocab.json"]).get(pipe.tokenizer.pad_token)) != pipe.tokenizer.eos_token_id:
+    if (padding := pipe.tokenizer.pad_token_id) not in (None, pipe.tokenizer.eos_token_id):
         configs["text"]["padding"] = padding  # of SD 2
     found.family = names.SD2 if configs["unet"].get("use_linear_in_transformer") else names.SD1
     sides = unet.get("sample_size") or 64
@@ -126,7 +126,7 @@ def from_diffusers(pipe: Any) -> StableDiffusion:
     factor = 2 ** (len(configs["vae"]["ch_mult"]) - 1)
     found.size = factor * max(height, width)
     found.defaults = defaults_of_pipeline(scheduler, left_out, name)
-    if found.family == names.SD2 and is_turbo(str(getattr(pipe, "name_or_path", None) or "").rsplit("/", 1)[-1]):
+    if found.family == names.SD2 and is_turbo(called(str(getattr(pipe, "name_or_path", None) or ""))):
         found.defaults = as_turbo(found.defaults)
     if height != width:
         found.defaults = replace(found.defaults, height=factor * height, width=factor * width)

@@ -351,6 +351,9 @@ def config_of(kind: type, settings: Mapping[str, Any]) -> Any:
     if (guidance := getattr(config, "guidance_dim", None)) and (guidance < 4 or guidance % 2):
         raise LoadError(f"config: guidance_dim must be even and at least 4, not {guidance}: give a usable size.")
     if kind is TextConfig:
+        if config.padding is not None and config.padding >= config.vocab_size:
+            count = f"there are {config.vocab_size:,}"
+            raise LoadError(f"config: padding is token {config.padding}, and {count}: give a lower number.")
         divided = {"num_attention_heads": [config.hidden_size]}
     elif kind is VAEConfig:
         divided = {"num_groups": [config.ch * m for m in (1, *config.ch_mult)]}

@@ -184,7 +184,7 @@ def defaults_of_file(
 
 def is_turbo(*said: str) -> bool:
     """Whether what a model is called says that it is SD-Turbo's: its files say it in no other way."""
-    return any(re.search(r"(?<![a-z])turbo(?![a-z])", text.lower()) for text in said)
+    return any(re.search(r"(?<![a-z])(?:sd)?turbo(?![a-z0-9])", text.lower()) for text in said)
 
 
 def as_turbo(defaults: Defaults) -> Defaults:

@@ -206,7 +206,7 @@ def from_open_clip(tensors: Tensors) -> dict[str, Tensor]:
             name = re.sub(rf"^{pattern}" if pattern[0] != "\\" else pattern, replacement, name)
         name = f"model.{name}" if name == theirs else name
         head, joined, kind = name.rpartition("in_proj_")
-        if joined and tensor.shape[0] % 3 == 0:
+        if joined and tensor.ndim and tensor.shape[0] % 3 == 0:
             for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
                 result[f"{head}{letter}_proj.{kind}"] = piece
         else:

@@ -25,7 +25,7 @@ from . import embeddings, hub, layout, names
 from .checkpoint import read
 from .configs import PARTS, LoadError, config_of, text_from_hub, unet_from_hub, vae_from_hub
 from .defaults import Defaults, as_turbo, check_schedule, defaults_from_hub, defaults_of_file, is_turbo
-from .predictions import DOUBT, NOISE, Prediction, prediction_of
+from .predictions import DOUBT, NOISE, STATISTIC, Prediction, by_statistic, prediction_of
 from .tokenizer import ADDED, padding_of, read_tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "shapes.safetensors"
@@ -193,6 +193,8 @@ def describe_folder(
         padding = padding_of(folder / "tokenizer", texts) if texts else None
     except ValueError as error:
         raise LoadError(f"{name} has a tokenizer that cannot be read ({error}): replace it.") from None
+    if texts is None and configs["unet"].get("use_linear_in_transformer"):
+        padding = 0  # SD 2's, whichever tokenizer is given
     configs["text"] |= {} if padding is None else {"padding": padding}
     side = read_config_file(folder, name, "unet/config.json").get("sample_size") or 64
     side = side if type(side) is int else 64
@@ -202,9 +204,20 @@ def describe_folder(
     if (folder / "scheduler/scheduler_config.json").exists():
         found.defaults = defaults_from_hub(read_config_file(folder, name, "scheduler/scheduler_config.json"), name)
         found.prediction = Prediction(found.defaults.prediction_type, "scheduler_config.json")
-    if found.family == names.SD2 and is_turbo(Path(name).name):
+    elif found.family == names.SD2:  # as of a single file that says nothing
+        bias = parts["unet"].get(STATISTIC)
+        found.prediction = by_statistic(None if bias is None or bias.is_meta else bias)
+        if found.prediction.kind in PREDICTIONS:
+            found.defaults = defaults_of_file(found.prediction.kind, {}, {})
+    if found.family == names.SD2 and is_turbo(called(name)):
         found.defaults = as_turbo(found.defaults or Defaults())
     return found
+
+
+def called(name: str) -> str:
+    """What a folder or a repository is called, also one in the Hub's cache, where a commit is the folder's name."""
+    path = Path(name)
+    return path.parent.parent.name if path.parent.name == "snapshots" else path.name
 
 
 def rename(part: str, tensors: dict[str, Tensor], configs: Mapping[str, Any]) -> dict[str, Tensor]:

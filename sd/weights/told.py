@@ -46,7 +46,10 @@ def apply_config(found: Source, config: Mapping[str, Any] | str | os.PathLike[st
     """Let what is said of drawing ("defaults" of a config) stand before what the source says; returns the rest."""
     sizes = read_config(config)
     said = dict(sizes.pop(DEFAULTS, {}))
-    if "prediction_type" not in said and found.prediction.guessed:
+    schedule = said.get("schedule")
+    of_schedule = schedule.get("prediction_type") if isinstance(schedule, Mapping) else None
+    kind = said.get("prediction_type", of_schedule)
+    if kind is None and found.prediction.guessed:
         warnings.warn(
             f"{found.name} does not say what it predicts: by {found.prediction.by} it is {found.prediction.kind}. If "
             'its pictures look wrong, say so with config={"defaults": {"prediction_type": ...}} (--config).',
@@ -55,12 +58,12 @@ def apply_config(found: Source, config: Mapping[str, Any] | str | os.PathLike[st
     if not said:
         return sizes
     try:
-        if (kind := said.get("prediction_type")) is not None:
+        if kind is not None:
             decide(found, Prediction(str(kind), "config"))
         own = (found.defaults or Defaults()).as_dict()
-        schedule = own["schedule"] | dict(said.get("schedule", {}))
-        schedule["prediction_type"] = kind or own["prediction_type"]
-        found.defaults = Defaults.from_dict({**own, **said, "schedule": schedule})
+        predicts = kind or own["prediction_type"]
+        schedule = own["schedule"] | {"prediction_type": predicts} | dict(said.get("schedule", {}))
+        found.defaults = Defaults.from_dict({**own, **said, "prediction_type": predicts, "schedule": schedule})
     except (ValueError, TypeError) as error:
         raise LoadError(f"config: the defaults cannot be used ({error}): give fields of sd.Defaults.") from None
     return sizes
