@@ -24,7 +24,7 @@ from .weights.configs import LoadError
 from .weights.mapped import WeightFiles
 from .weights.source import METADATA, Source, ema_weights, find, modules, refuse_other_kinds
 from .weights.tokenizer import check_added, find_texts, tokenizer_texts
-from .weights.told import apply_config, places
+from .weights.told import apply_config, checked_path, places
 from .weights.unread import leave_in_file, tensors_of
 from .weights.vaes import find_vae, put_in
 
@@ -133,12 +133,8 @@ def save(
     Weights have CompVis names, so other tools read them too; config and tokenizer are in the header. Written
     tensor by tensor, whole or not at all. Raises LoadError where the file exists, unless `force`.
     """
-    path = Path(path)
     check_dtype(dtype)
-    if path.exists() and not force:
-        raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
-    if path.suffix != ".safetensors":
-        raise LoadError(f"{path} must end in .safetensors, the form in which models are written.")
+    path = checked_path(path, "models", force)
     if not model.vae.draws:
         raise LoadError(
             "A model that has TAESD for its VAE cannot be written as a file that other programs read: save it with "

@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shapes"))
-from fitting import Run, TrainingError, fit, read_checkpoint, write_checkpoint
+from fitting import Run, TrainingError, fit, outcome, read_checkpoint, write_checkpoint
 from stepping import Batch
 from unet_stage import overshoot, plain_attention
 
@@ -179,17 +180,7 @@ def main() -> int:
     add("--lr", type=float, default=6e-4)
     add("--threads", type=int, help="torch's choice if not given")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        train(args)
-    except (TrainingError, ValueError, OSError) as error:  # of the files that are given, too
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+    return outcome(partial(train, args), args.threads)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,21 @@ EACH = 100  # steps between two lines of the log
 
 class TrainingError(ValueError):
     """A run that cannot go on; one sentence: what is wrong, and what to do."""
+
+
+def outcome(train: Callable[[], None], threads: int | None) -> int:
+    """Train by so many threads (None: torch's choice). Returns the exit code, and says why where it is not 0."""
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        train()
+    except (ValueError, OSError) as error:  # TrainingError, and of the files that are given
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
 
 
 @dataclass(frozen=True)

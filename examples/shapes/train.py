@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bank import Bank
-from fitting import Run, TrainingError
+from fitting import Run, TrainingError, outcome
 from scenes import HELD_OUT
 from text_stage import Text, train_text
 from unet_stage import SPREAD, UNET, make_latents, train_unet
@@ -126,17 +127,7 @@ def main() -> int:
     add("--unet-batch", type=int)
     add("--threads", type=int, default=None)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        train(args)
-    except TrainingError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+    return outcome(partial(train, args), args.threads)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..weights.configs import LIST, WIDTH, LoadError, config_of
 from ..weights.controlnets import METADATA, PREFIX, FoundControlNet, find_controlnet
 from ..weights.mapped import WeightFiles
 from ..weights.source import check_fit, shapes_of
-from ..weights.told import check_device
+from ..weights.told import check_device, checked_path
 from ..weights.unread import leave_in_file, tensors_of
 from .controlnet import ControlNet, ControlNetConfig
 
@@ -130,12 +129,8 @@ def save_controlnet(
 
     Its sizes are in the header. Written whole or not at all. Raises LoadError where the file exists, unless `force`.
     """
-    path = Path(path)
     check_dtype(dtype)
-    if path.exists() and not force:
-        raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
-    if path.suffix != ".safetensors":
-        raise LoadError(f"{path} must end in .safetensors, the form in which ControlNets are written.")
+    path = checked_path(path, "ControlNets", force)
     tensors, types = {}, {}
     for name, tensor, own in tensors_of(net):
         tensors[PREFIX + name], types[PREFIX + name] = tensor, dtype or own

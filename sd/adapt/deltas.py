@@ -19,6 +19,7 @@ LyCORIS goes from V to V m / |V|.)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -87,7 +88,7 @@ class Matrix:
         return (left @ right).view(len(left), -1, *self.shape[2:])
 
 
-class Delta:
+class Delta(ABC):
     """Of one weight, of `shape`, before the user's scale. `kind` is its name for people."""
 
     kind = ""
@@ -97,13 +98,13 @@ class Delta:
     def __init__(self, shape: Shape, scale: float = 1.0):
         self.shape, self.scale = tuple(shape), scale  # scale: alpha / rank, where the kind has that
 
+    @abstractmethod
     def values(self, like: Tensor, rows: slice, columns: slice, given: Tensor | None, base: Tensor) -> Tensor:
         """These rows and columns, (n, m, ...), in the dtype and on the device of `like`.
 
         given   the same rows and columns of the weight itself, where `of_base`
         base    all of that weight, as it lies in the file or in memory: in any dtype
         """
-        raise NotImplementedError
 
     def add_(self, out: Tensor, rows: slice, columns: slice, by: float, given: Tensor | None, base: Tensor) -> None:
         """out (n, m, ...), which is contiguous, += by * these rows and columns."""
@@ -114,9 +115,9 @@ class Delta:
         return None
 
     @property
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """What it is made of."""
-        raise NotImplementedError
 
     @property
     def at_once(self) -> int:

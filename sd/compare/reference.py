@@ -212,25 +212,32 @@ def head_counts(c: UNetConfig) -> int | tuple[int, ...]:
     return tuple(c.heads(m * c.model_channels) for m in c.channel_mult) if c.num_head_channels else c.num_heads
 
 
+def encoder_sizes(c: UNetConfig) -> dict[str, Any]:
+    """What diffusers calls the sizes that a UNet and its ControlNet have in common."""
+    attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
+    return {
+        "block_out_channels": tuple(m * c.model_channels for m in c.channel_mult),
+        "layers_per_block": c.num_res_blocks,
+        "cross_attention_dim": c.context_dim,
+        "attention_head_dim": head_counts(c),
+        "use_linear_projection": c.use_linear_in_transformer,
+        "norm_num_groups": c.num_groups,
+        "transformer_layers_per_block": c.transformer_depth,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+    }
+
+
 def diffusers_unet(model: StableDiffusion, assign: bool = True) -> Any:
     """diffusers' UNet2DConditionModel with the same weights; with `assign`, the very same memory."""
-    c = model.unet.config
-    attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
+    c, own = model.unet.config, encoder_sizes(model.unet.config)
     with torch.device("meta" if assign else "cpu"):
         unet = diffusers().UNet2DConditionModel(
             sample_size=latent_size(model),
             in_channels=c.in_channels,
             out_channels=c.out_channels,
-            transformer_layers_per_block=c.transformer_depth,
-            block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
-            layers_per_block=c.num_res_blocks,
-            cross_attention_dim=c.context_dim,
-            attention_head_dim=head_counts(c),
-            use_linear_projection=c.use_linear_in_transformer,
             time_cond_proj_dim=c.guidance_dim,
-            norm_num_groups=c.num_groups,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+            up_block_types=tuple(kind.replace("Down", "Up") for kind in own["down_block_types"][::-1]),
+            **own,
         )
     unet.load_state_dict(hub_tensors(model)["unet"], strict=True, assign=assign)
     return unet.eval()
@@ -254,21 +261,14 @@ def hub_controlnet(net: ControlNet) -> dict[str, Tensor]:
 
 def diffusers_controlnet(net: ControlNet) -> Any:
     """diffusers' ControlNetModel with the same weights, in the same memory."""
-    c = net.config
-    attends = [2**i in c.attention_resolutions for i in range(len(c.channel_mult))]
+    c: Any = net.config
     with torch.device("meta"):
         theirs = diffusers().ControlNetModel(
             in_channels=c.in_channels,
             conditioning_channels=c.hint_channels,
-            block_out_channels=tuple(m * c.model_channels for m in c.channel_mult),
-            layers_per_block=c.num_res_blocks,
-            cross_attention_dim=c.context_dim,
-            attention_head_dim=head_counts(c),
-            use_linear_projection=c.use_linear_in_transformer,
-            norm_num_groups=c.num_groups,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             conditioning_embedding_out_channels=c.hint_widths,
             global_pool_conditions=c.global_pool,
+            **encoder_sizes(c),
         )
     theirs.load_state_dict(hub_controlnet(net), strict=True, assign=True)
     return theirs.eval()

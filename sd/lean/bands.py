@@ -13,6 +13,7 @@ stored tensor is let go when no row of it will be asked for again, while the ten
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,20 +43,20 @@ class Choice:
 # ---- rows
 
 
-class Rows:
+class Rows(ABC):
     """A tensor (1, C, H, W) by rows. `wide`: elements of the widest tensor met in computing one of them."""
 
     def __init__(self, channels: int, height: int, width: int, wide: int = 0):
         self.channels, self.height, self.width = channels, height, width
         self.wide = max(channels * width, wide)
 
+    @abstractmethod
     def rows(self, a: int, b: int) -> Tensor:
         """Rows a to b (0 <= a < b <= H): (1, C, b - a, W), for reading only."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, a: int) -> None:
         """No row above `a` will be asked for again."""
-        raise NotImplementedError
 
 
 class Stored(Rows):

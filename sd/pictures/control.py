@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..unet import UNetConfig
-from .given import fitted, on_white, read_picture, size_of, spread
+from .given import fitted, float_tensors, on_white, read_picture, size_of, spread
 
 ARGUMENTS: dict[str, Any] = {  # of a sampler, and what they are where they are not given
     "controlnet": None,
@@ -262,13 +262,7 @@ def hint_tensors(given: Any, channels: int, width: int, height: int) -> Tensor:
             raise ValueError("control_image is a list of lists: give a list of pictures, one for each prompt.")
         return torch.cat([hint_tensors(one, channels, width, height) for one in given])
     if isinstance(given, Tensor):
-        usable = given.ndim == 4 and given.is_floating_point() and len(given)
-        if not usable or given.shape[1:] != (channels, height, width):
-            raise ValueError(
-                f"control_image as a tensor must be floating-point, of shape (images, {channels}, {height}, {width}),"
-                f" not {given.dtype} of {tuple(given.shape)}."
-            )
-        given = given.detach().to("cpu", torch.float32)
+        given = float_tensors(given, "control_image", channels, width, height)
         if not given.isfinite().all() or given.min() < -1 or given.max() > 1:
             raise ValueError("control_image as a tensor must have values from 0 to 1, or -1 where it is to be drawn.")
         return given

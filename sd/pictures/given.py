@@ -252,17 +252,22 @@ def size_of_one(picture: Given) -> tuple[int, int]:
 
 
 def checked_tensors(given: Tensor, name: str, channels: int, width: int, height: int) -> Tensor:
-    """Tensors are taken as they are: (n, C, H, W) in [0, 1], of the size that is drawn."""
+    """Of an image or a mask: (n, C, H, W) in [0, 1], the image then in [-1, 1] as the VAE takes it."""
+    given = float_tensors(given, name, channels, width, height)
+    if not given.isfinite().all() or given.min() < 0 or given.max() > 1:
+        raise ValueError(f"{name} as a tensor must have values from 0 to 1.")
+    return 2 * given - 1 if channels == 3 else given
+
+
+def float_tensors(given: Tensor, name: str, channels: int, width: int, height: int) -> Tensor:
+    """Tensors are taken as they are: (n, C, H, W), of the size that is drawn; in float32 on the CPU."""
     usable = given.ndim == 4 and given.is_floating_point() and len(given)
     if not usable or given.shape[1:] != (channels, height, width):
         raise ValueError(
             f"{name} as a tensor must be floating-point, of shape (images, {channels}, {height}, {width}), not "
             f"{given.dtype} of {tuple(given.shape)}."
         )
-    given = given.detach().to("cpu", torch.float32)
-    if not given.isfinite().all() or given.min() < 0 or given.max() > 1:
-        raise ValueError(f"{name} as a tensor must have values from 0 to 1.")
-    return 2 * given - 1 if channels == 3 else given
+    return given.detach().to("cpu", torch.float32)
 
 
 def extend(

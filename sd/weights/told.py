@@ -1,10 +1,11 @@
-"""What a person says of a source that its files do not tell: `config` and `device` of `sd.load`."""
+"""What a person says beside a source: `config` and `device` of `sd.load`, and where a file is to be written."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,3 +87,13 @@ def places(device: str | torch.device | Mapping[str, str | torch.device]) -> dic
     if "unet" not in device or not device.keys() <= set(names.PARTS):
         raise LoadError(f'device is a name, or like {{"unet": "cuda:0", "vae": "cuda:1"}}, not {device}.')
     return {part: torch.device(device.get(part, device["unet"])) for part in names.PARTS}
+
+
+def checked_path(path: str | os.PathLike[str], what: str, force: bool) -> Path:
+    """Where a file of weights is to be written. Raises LoadError; what: of "models", say."""
+    path = Path(path)
+    if path.exists() and not force:
+        raise LoadError(f"{path} exists: choose another name, or write over it with force (--force).")
+    if path.suffix != ".safetensors":
+        raise LoadError(f"{path} must end in .safetensors, the form in which {what} are written.")
+    return path
