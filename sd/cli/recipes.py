@@ -33,7 +33,7 @@ RECIPES = {
     "lcm": Recipe(
         {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0},
         "4 steps of LCM without guidance. It needs a model with an LCM LoRA (--lora), or LCM's full UNet, for which "
-        "--guidance 8 is usual; what others draw with it is blurred.",
+        "--guidance 8 is usual.",
     ),
     "turbo": Recipe(
         {
@@ -42,8 +42,7 @@ RECIPES = {
             "num_inference_steps": 1,
             "guidance_scale": 0.0,
         },
-        "A single step without guidance. It needs a model that was made for it, such as SD-Turbo; what others draw "
-        "with it is blurred.",
+        "A single step without guidance. It needs a model that was made for it, such as SD-Turbo.",
     ),
 }
 

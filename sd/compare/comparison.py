@@ -37,7 +37,7 @@ from ..weights.told import apply_config, check_device
 from ..weights.unread import read_weights
 from . import reference
 from .controlled import compare_controlnet
-from .drawings import compare_drawings
+from .drawings import GUIDANCE, compare_drawings
 from .measure import Row, compare_blocks, pair, relative, weights_on_use
 from .reference import CompareError
 from .report import Change, Report
@@ -50,7 +50,6 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 LEAST = {"lms": 1e-7} | dict.fromkeys(["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde"], 1e-5)
 DRAWN = {"dpmpp_2m_sde": torch.float32}  # the dtype of fresh noise in diffusers, where it is not the latents'
 STEPS = 50  # of every scheduler
-GUIDANCE = 7.5  # of what LCM's UNets are told
 
 
 def name_of(dtype: torch.dtype) -> str:

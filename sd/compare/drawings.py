@@ -14,7 +14,12 @@ from ..sampler import SimpleSampler
 from . import reference
 from .measure import Row, relative
 
-SOLVER, STEPS, GUIDANCE, SEED = "ddim", 4, 3.0, 0  # it draws with what any model predicts
+SOLVER, STEPS, GUIDANCE, SEED = (
+    "ddim",
+    4,
+    3.0,
+    0,
+)  # it draws with what any model predicts; LCM's UNets are told the guidance
 FROM = {"image": "StableDiffusionImg2ImgPipeline", "mask": "StableDiffusionInpaintPipeline"}
 
 

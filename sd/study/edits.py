@@ -138,9 +138,8 @@ def edit(model: Any, edits: Mapping[str, Edit], *, controlnet: Any = None) -> It
                     stack.callback(module.register_forward_hook(on_output(pattern, name)).remove)
         for name, changes in attends.items():
             stack.enter_context(around_attention(known[name], changes=changes))
-        now = stack.enter_context(
-            listen(model, nets_of(controlnet))
-        )  # last: hooks on the UNet itself still belong to its call
+        # Last: hooks on the UNet itself still belong to its call.
+        now = stack.enter_context(listen(model, nets_of(controlnet)))
         yield
     for pattern, did in ran.items():
         if not did:
